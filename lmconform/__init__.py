@@ -1,0 +1,50 @@
+"""lmconform: the conformance and regression suite for causal language models.
+
+Importing this imports neither torch nor transformers; they are loaded when a check runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+SPEC_VERSION = 1
+
+if TYPE_CHECKING:
+    from lmconform.api import check_model
+    from lmconform.cases import Choice, Span
+    from lmconform.context import Context, Violation
+    from lmconform.pytest_plugin import parametrize_with_checks
+    from lmconform.registry import register_check
+    from lmconform.results import Cause, Report, Result, Status
+    from lmconform.specimen import Unavailable
+    from lmconform.subject import BuildError, Subject
+
+_HOMES = {
+    "check_model": "api",
+    "parametrize_with_checks": "pytest_plugin",
+    "register_check": "registry",
+    "Subject": "subject",
+    "BuildError": "subject",
+    "Report": "results",
+    "Result": "results",
+    "Cause": "results",
+    "Status": "results",
+    "Violation": "context",
+    "Context": "context",
+    "Unavailable": "specimen",
+    "Span": "cases",
+    "Choice": "cases",
+}
+
+__all__ = [
+    "SPEC_VERSION", "BuildError", "Cause", "Choice", "Context", "Report", "Result", "Span", "Status", "Subject",
+    "Unavailable", "Violation", "__version__", "check_model", "parametrize_with_checks", "register_check",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lmconform.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lmconform' has no attribute {name!r}")

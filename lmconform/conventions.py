@@ -1,0 +1,299 @@
+"""How a model's forward() is called and read, found out by trying.
+
+Nothing here is declared by the model: names come from the signature of forward(), and each guess is confirmed by a
+call on a few tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+IDS = ("input_ids", "idx", "tokens", "ids", "token_ids", "x", "input", "inputs")
+MASK = ("attention_mask", "mask", "attn_mask", "padding_mask")
+POSITIONS = ("position_ids", "positions", "pos", "input_pos")
+CACHE = ("past_key_values", "cache_params", "state", "past", "cache", "kv_cache", "kv_caches", "layer_past", "mems")
+USE_CACHE = ("use_cache", "return_cache")
+EMBEDS = ("inputs_embeds", "input_embeds", "embeds")
+LABELS = ("labels", "targets", "target", "y")
+HIDDEN = ("output_hidden_states",)
+ATTENTIONS = ("output_attentions",)
+
+ADAPTER = '''\
+import lmconform, {module}
+
+def call(model, input_ids, **kw):          # input_ids: [batch, time] of int64
+    return model(input_ids)                # must come out as logits: [batch, time, vocab]
+
+subject = lmconform.Subject({module}.build, call=call)      # then: lmconform check this_file.py:subject'''
+
+
+class ConventionError(Exception):
+    """No way of calling the model gave logits; the text shows what was tried and the adapter that settles it."""
+
+
+@dataclass
+class Output:
+    """What one forward gave. `logits`: [batch, time, vocab]; `hidden_states`: one [batch, time, width] a layer."""
+
+    logits: Tensor
+    cache: Any = None
+    loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The names under which forward() takes its inputs; None where it takes no such thing.
+
+    `labels_shifted`: the model shifts labels itself (Hugging Face's `labels`); a `targets` argument (nanoGPT) is
+    compared with the logits as it stands. `targets_for_logits`: logits of every position come only with targets.
+    """
+
+    ids: str | None
+    mask: str | None = None
+    positions: str | None = None
+    cache: str | None = None
+    use_cache: str | None = None
+    embeds: str | None = None
+    labels: str | None = None
+    labels_shifted: bool = True
+    hidden_states: str | None = None
+    attentions: str | None = None
+    targets_for_logits: bool = False
+    call: Callable[..., Any] | None = field(default=None, compare=False)
+
+    def describe(self) -> str:
+        """For example: forward(idx, targets=...) -> logits, loss."""
+        if self.call is not None:
+            return "the subject's own call(model, input_ids, **kw)"
+        taken = [
+            value
+            for key in ("ids", "mask", "positions", "cache", "embeds", "labels")
+            if (value := getattr(self, key)) is not None
+        ]
+        return f"forward({', '.join(taken) or 'ids'})"
+
+    def run(self, module: nn.Module, input_ids: Tensor | None, **inputs: Any) -> Output:
+        """Call the model once. `inputs` are fields of this convention (mask=..., cache=..., labels=...).
+
+        Raises ConventionError when the model takes no such input or gives no logits.
+        """
+        keywords: dict[str, Any] = {}
+        for key, value in inputs.items():
+            if value is None or (value is False and key != "use_cache"):
+                continue
+            name = getattr(self, key)
+            if name is None:
+                if key == "use_cache":
+                    continue
+                raise ConventionError(f"{self.describe()} takes no {key}")
+            keywords[name] = value
+        if self.targets_for_logits and self.labels not in keywords and input_ids is not None:
+            assert self.labels is not None
+            keywords[self.labels] = input_ids
+        if self.call is not None:
+            raw = self.call(module, input_ids, **keywords)
+        elif input_ids is None:
+            raw = module(**keywords)
+        elif self.ids is None:
+            raw = module(input_ids, **keywords)
+        else:
+            raw = module(**{self.ids: input_ids}, **keywords)
+        return read(raw, cache_name=self.cache)
+
+
+def read(raw: Any, cache_name: str | None = None) -> Output:
+    """Find logits, cache, loss and hidden states in whatever forward() returned.
+
+    Raises ConventionError where there are no logits.
+    """
+    import torch
+
+    if isinstance(raw, torch.Tensor):
+        return Output(raw)
+    named = _named(raw)
+    if named is not None:
+        if named.get("logits") is None:
+            for other in ("lm_logits", "prediction_logits", "output", "prediction_scores"):
+                if isinstance(named.get(other), torch.Tensor):
+                    named["logits"] = named[other]
+                    break
+            else:
+                if "last_hidden_state" in named:
+                    raise ConventionError(
+                        "returned last_hidden_state and no logits: this is a model without its language-modelling "
+                        "head; load it with AutoModelForCausalLM"
+                    )
+                raise ConventionError(f"returned {type(raw).__name__} with {', '.join(named) or 'nothing'}, no logits")
+        cache = next((named[n] for n in (cache_name, *CACHE) if n and named.get(n) is not None), None)
+        return Output(
+            named["logits"], cache, named.get("loss"), named.get("hidden_states"), named.get("attentions")
+        )
+    if isinstance(raw, tuple | list) and raw:
+        tensors = [item for item in raw if isinstance(item, torch.Tensor)]
+        logits = next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), None)
+        if logits is None:
+            logits = next((t for t in tensors if t.dim() == 2 and t.is_floating_point()), None)
+        if logits is None:
+            raise ConventionError(f"returned {shapes(raw)}: no [batch, time, vocab] tensor among them")
+        loss = next((t for t in tensors if t.dim() == 0), None)
+        cache = next((item for item in raw if item is not None and not isinstance(item, torch.Tensor)), None)
+        return Output(logits, cache, loss)
+    raise ConventionError(f"returned {shapes(raw)}: no logits in it")
+
+
+def _named(raw: Any) -> dict[str, Any] | None:
+    if isinstance(raw, Mapping):
+        return dict(raw)
+    if is_dataclass(raw) and not isinstance(raw, type):
+        return {f.name: getattr(raw, f.name) for f in fields(raw)}
+    if isinstance(raw, tuple) and hasattr(raw, "_asdict"):
+        return dict(raw._asdict())
+    if hasattr(raw, "logits"):
+        names = ("logits", "loss", "hidden_states", "attentions", *CACHE)
+        return {name: getattr(raw, name, None) for name in names}
+    return None
+
+
+def shapes(raw: Any) -> str:
+    """'Tensor[2, 5, 99]', '(Tensor[2, 5, 99], None)', 'str': what forward() returned, for messages."""
+    import torch
+
+    if isinstance(raw, torch.Tensor):
+        return f"Tensor{list(raw.shape)} of {str(raw.dtype).removeprefix('torch.')}"
+    if isinstance(raw, tuple | list):
+        return "(" + ", ".join(shapes(item) for item in raw[:6]) + (", ..." if len(raw) > 6 else "") + ")"
+    if isinstance(raw, Mapping):
+        return "{" + ", ".join(f"{key}: {shapes(value)}" for key, value in list(raw.items())[:6]) + "}"
+    return "None" if raw is None else type(raw).__name__
+
+
+def parameters_of(module: nn.Module) -> tuple[dict[str, inspect.Parameter], bool, bool]:
+    """forward()'s named parameters, whether it takes *args, and whether it takes **kwargs."""
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return {}, True, True
+    named = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    return named, inspect.Parameter.VAR_POSITIONAL in kinds, inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def find_convention(
+    module: nn.Module, input_ids: Tensor, call: Callable[..., Any] | None = None, where: str = "your_module"
+) -> tuple[Convention, int]:
+    """The convention, and the size of the vocabulary. `input_ids`: a few legal tokens, [batch, time], batch != time.
+
+    Raises ConventionError: what was tried, what came of each, and the adapter to write.
+    """
+    import torch
+
+    tried: list[str] = []
+    for candidate in _candidates(module, call):
+        with torch.no_grad():
+            try:
+                output = candidate.run(module, input_ids)
+                logits = expect_logits(output.logits, input_ids)
+            except ConventionError as error:
+                tried.append(f"{candidate.describe()}: {error}")
+                continue
+            except Exception as error:
+                tried.append(f"{candidate.describe()}: {type(error).__name__}: {first_line(error)}")
+                continue
+        return candidate, logits.shape[-1]
+    raise ConventionError(
+        f"found no way to get logits [batch, time, vocab] out of {type(module).__name__}. Tried, with ids of shape "
+        f"{list(input_ids.shape)}:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(tried)) + "\n"
+        "Say it once in an adapter:\n\n" + ADAPTER.format(module=where)
+    )
+
+
+def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[Convention]:
+    named, _, open_keywords = parameters_of(module)
+
+    def first(names: Iterable[str]) -> str | None:
+        return next((name for name in names if name in named), None)
+
+    labels = first(LABELS)
+    shared: dict[str, Any] = {
+        "mask": first(MASK),
+        "positions": first(POSITIONS),
+        "cache": first(CACHE),
+        "use_cache": first(USE_CACHE),
+        "embeds": first(EMBEDS),
+        "labels": labels,
+        "labels_shifted": labels == "labels",
+        "hidden_states": first(HIDDEN),
+        "attentions": first(ATTENTIONS),
+    }
+    if hasattr(module, "config") and hasattr(module, "main_input_name"):  # Hugging Face reads these from **kwargs
+        shared["hidden_states"] = shared["hidden_states"] or "output_hidden_states"
+        shared["attentions"] = shared["attentions"] or "output_attentions"
+    if call is not None:
+        inputs, _, open_call = _call_parameters(call)
+        own = {
+            key: next((name for name in names if name in inputs), None)
+            for key, names in (
+                ("mask", MASK), ("positions", POSITIONS), ("cache", CACHE), ("use_cache", USE_CACHE),
+                ("embeds", EMBEDS), ("labels", LABELS),
+            )
+        }  # fmt: skip
+        del open_call
+        yield Convention(None, call=call, labels_shifted=own["labels"] == "labels", **own)
+        return
+    known = [name for name in IDS if name in named]
+    required = [
+        name
+        for name, parameter in named.items()
+        if parameter.default is parameter.empty and name not in known and parameter.kind != parameter.KEYWORD_ONLY
+    ]
+    for name in [*known, *required[:1]]:
+        yield Convention(name, **shared)
+        if shared["labels"]:
+            yield Convention(name, **shared, targets_for_logits=True)
+    if open_keywords and not known:
+        yield Convention("input_ids", **shared)
+    yield Convention(None, **shared)
+
+
+def _call_parameters(call: Callable[..., Any]) -> tuple[set[str], bool, bool]:
+    parameters = inspect.signature(call).parameters.values()
+    kinds = {parameter.kind for parameter in parameters}
+    return (
+        {parameter.name for parameter in parameters},
+        inspect.Parameter.VAR_POSITIONAL in kinds,
+        inspect.Parameter.VAR_KEYWORD in kinds,
+    )
+
+
+def expect_logits(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """The logits, if they are [batch, time, vocab]. Raises ConventionError that names what is off."""
+    batch, time = input_ids.shape
+    shape = list(logits.shape)
+    if not logits.is_floating_point():
+        raise ConventionError(f"returned {shapes(logits)}: not floating, so not logits")
+    if len(shape) == 3 and shape[:2] == [batch, time]:
+        return logits
+    if len(shape) == 3 and shape[:2] == [time, batch] and time != batch:
+        raise ConventionError(f"returned {shape}: time comes first; lmconform wants [batch, time, vocab]")
+    if len(shape) == 3 and shape[:2] == [batch, 1]:
+        raise ConventionError(f"returned {shape}: logits of the last position only")
+    raise ConventionError(f"returned {shape}, expected [{batch}, {time}, vocab]")
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's first line, at most 200 characters."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else "(no message)")[:200]

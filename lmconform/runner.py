@@ -1,0 +1,271 @@
+"""Runs checks on one subject: order, prerequisites, time, float64 confirmation, shrinking. Front ends iterate this."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lmconform import tolerance
+from lmconform.cases import Case
+from lmconform.context import Context, Violation, margin
+from lmconform.conventions import first_line
+from lmconform.minimise import search, smallest
+from lmconform.registry import Check, get_check
+from lmconform.results import Result, Status
+from lmconform.specimen import Unavailable
+
+if TYPE_CHECKING:
+    from lmconform.specimen import Specimen
+
+CHECK_TIMEOUT = 120.0  # seconds after which a single check counts as hanging
+SHRINK_SECONDS = 4.0
+
+
+class Hang(BaseException):
+    """A check outlived its time. Not an Exception, so that a subject's own `except Exception` cannot swallow it."""
+
+
+@dataclass
+class Runner:
+    """All checks of one run on one built subject; a check runs once, however often it is asked for."""
+
+    subject: Specimen
+    profile: str = "default"
+    seed: int = 0
+    case: Case | None = None
+    shrink: bool = True
+    timeout: float = CHECK_TIMEOUT
+    options: str = ""
+    _results: dict[str, Result] = field(default_factory=dict)
+
+    def run(self, check: Check) -> Result:
+        """The check's result; prerequisites are run first, unreported, where they have not run yet."""
+        if check.id not in self._results:
+            started = time.perf_counter()
+            result = self._decide(check)
+            result.seconds = time.perf_counter() - started
+            self._results[check.id] = result
+        return self._results[check.id]
+
+    def _decide(self, check: Check) -> Result:
+        for id in check.requires:
+            if id == check.id:
+                continue
+            prerequisite = self.run(get_check(id))
+            if prerequisite.status in (Status.failed, Status.error, Status.blocked):
+                root = prerequisite.where if prerequisite.status == Status.blocked else id
+                return self._result(check, Status.blocked, f"blocked by {root}", where=root)
+        for need in check.needs:
+            capability = self.subject.can(need)
+            if not capability:
+                return self._result(check, Status.not_applicable, f"needs {need}: {capability.reason}")
+        return self._execute(check)
+
+    def _execute(self, check: Check) -> Result:
+        context = self._context(check, self.subject)
+        try:
+            with _time_limit(self.timeout), _quiet(self.seed):
+                violation = _attempt(check, self.subject, context)
+                if violation is None and self.profile == "thorough" and check.space and self.case is None:
+                    violation = search(
+                        check, self.subject, seed=self.seed, seconds=self.timeout / 4, examples=100
+                    )
+        except Unavailable as reason:
+            return self._result(check, Status.not_applicable, str(reason))
+        except Hang:
+            return self._result(
+                check, Status.error, f"did not end within {self.timeout:.0f} s and was stopped", context.case
+            )
+        except RecursionError:
+            return self._result(check, Status.error, "the model recursed without end", context.case)
+        except MemoryError:
+            return self._result(check, Status.error, "ran out of memory", context.case)
+        except SystemExit as error:
+            return self._result(check, Status.error, f"the model called sys.exit({error.code!r})", context.case)
+        except Exception as error:
+            text = f"the model raised {type(error).__name__}: {first_line(error)}{_origin(error)}"
+            return self._result(check, Status.error, text, context.case)
+        if violation is None:
+            return self._green(check, context)
+        try:
+            with _time_limit(self.timeout), _quiet(self.seed):
+                return self._red(check, context, violation)
+        except Hang:
+            return self._violated(check, violation, None, context.notes)
+
+    def _green(self, check: Check, context: Context, note: str = "") -> Result:
+        message = "; ".join([*context.notes, *filter(None, [note])])
+        result = self._result(check, Status.passed, message)
+        if context.tightest is not None:
+            result.measured, result.allowed, result.where = context.tightest
+            result.margin = margin(result.measured, result.allowed)
+        return result
+
+    def _red(self, check: Check, context: Context, violation: Violation) -> Result:
+        denied = self._denied_by_float64(check, violation)
+        if denied:
+            return self._green(check, context, denied)
+        small = None
+        if self.shrink and violation.case is not None and self.case is None:
+            small = smallest(check, self.subject, violation.case, seed=self.seed, seconds=SHRINK_SECONDS)
+            if small is not None and self._denied_by_float64(check, small):
+                small = None  # shrunk into rounding: the first case stands
+        return self._violated(check, violation, small, context.notes)
+
+    def _denied_by_float64(self, check: Check, violation: Violation) -> str:
+        """Why a narrow red is rounding and no fault: the float64 copy shows nothing. Empty where it stands."""
+        ratio = violation.margin
+        if ratio is None or not ratio < tolerance.CONFIRM_BELOW:
+            return ""
+        twin = self.subject.twin()
+        if twin is None:
+            return ""
+        context = Context(
+            check, twin, seed=self.seed, profile=self.profile,
+            cases=[violation.case] if violation.case is not None else (),
+        )  # fmt: skip
+        try:
+            confirmed = _attempt(check, twin, context)
+        except Exception:  # float64 cannot tell: the native dtype's evidence stands
+            return ""
+        if confirmed is not None or context.tightest is None:
+            return ""
+        return (
+            f"{violation.measured:.3g} in {_name(self.subject.dtype)} is over the bound {violation.allowed:.3g}, "
+            f"but float64 shows {context.tightest[0]:.3g}: rounding, no fault"
+        )
+
+    def _violated(self, check: Check, first: Violation, small: Violation | None, notes: Sequence[str]) -> Result:
+        shown = small or first
+        lines = [first.message + _figures(shown)]
+        if shown.where:
+            lines.append(f"where: {shown.where}")
+        if shown.case is not None:
+            origin = f" (first seen at {first.case})" if small is not None and first.case != small.case else ""
+            lines.append(f"smallest case: {shown.case}{origin}" if small is not None else f"case: {shown.case}")
+        if shown.hint:
+            lines.append(f"likely cause: {shown.hint}")
+        lines.extend(notes)
+        status = Status.warned if check.severity == "warning" else Status.failed
+        result = self._result(check, status, "\n".join(lines), shown.case)
+        result.measured, result.allowed, result.where = shown.measured, shown.allowed, shown.where
+        result.margin = shown.margin
+        return result
+
+    def _result(
+        self, check: Check, status: Status, message: str, case: Case | None = None, where: str = ""
+    ) -> Result:
+        result = Result(check.id, check.family, check.severity, status, message=message, where=where)
+        if status in (Status.failed, Status.warned, Status.error):
+            result.repro = self.repro(check, case)
+        return result
+
+    def repro(self, check: Check, case: Case | None) -> str:
+        """The command that shows this finding again."""
+        spec = self.subject.spec
+        parts = ["lmconform check", _quoted(spec), "--select", check.id, "--seed", str(self.seed)]
+        if case:
+            parts += ["--case", _quoted(str(case))]
+        return " ".join(filter(None, [*parts, self.options]))
+
+    def _context(self, check: Check, subject: Specimen) -> Context:
+        cases = (self.case,) if self.case is not None else ()
+        return Context(check, subject, seed=self.seed, profile=self.profile, cases=cases)
+
+
+def _attempt(check: Check, subject: Specimen, context: Context) -> Violation | None:
+    try:
+        check.function(subject, context)
+    except Violation as violation:
+        violation.case = context.case
+        return violation
+    return None
+
+
+def run_all(
+    runner: Runner, checks: Sequence[Check], *, budget: float | None = None
+) -> Iterator[Result]:
+    """Results in order; checks that no longer fit into `budget` seconds are `not_run`, by name."""
+    started = time.monotonic()
+    for check in checks:
+        spent = time.monotonic() - started
+        if budget is not None and spent >= budget:
+            result = Result(
+                check.id, check.family, check.severity, Status.not_run,
+                message=f"the time budget of {budget:g} s was spent after {spent:.1f} s",
+            )  # fmt: skip
+        else:
+            result = runner.run(check)
+        yield result
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise Hang after that time; without effect outside the main thread or where there are no alarms."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(signum: int, frame: Any) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _quiet(seed: int) -> Iterator[None]:
+    """Leave no trace: the caller's random state is kept, and warnings that a subject raises by the dozen are dropped."""
+    import torch
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield
+
+
+def _figures(violation: Violation) -> str:
+    if violation.measured is None:
+        return ""
+    text = f": measured {violation.measured:.4g}"
+    if violation.allowed is None:
+        return text
+    ratio = violation.margin
+    times = f" ({ratio:.3g} times the bound)" if ratio is not None and ratio != float("inf") else ""
+    return f"{text}, allowed {violation.allowed:.4g}{times}"
+
+
+def _origin(error: BaseException) -> str:
+    """' (at model.py:12, in forward)': the frame of the subject that raised."""
+    trace = error.__traceback__
+    last = None
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if "/lmconform/" not in name and "/torch/" not in name:
+            last = trace
+        trace = trace.tb_next
+    if last is None:
+        return ""
+    code = last.tb_frame.f_code
+    return f" (at {code.co_filename.rsplit('/', 1)[-1]}:{last.tb_lineno}, in {code.co_name})"
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

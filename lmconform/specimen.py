@@ -1,0 +1,304 @@
+"""A subject that has been built: one model, seen through one calling convention. Checks receive this."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lmconform import capabilities, structure, tolerance
+from lmconform.conventions import Convention, Output
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+LARGE = 1 << 30  # bytes of weights from which a copy is announced
+LONGEST_PROBE = 128
+
+
+class Unavailable(Exception):
+    """A check cannot run on this subject, for a reason worth a sentence: it becomes `not_applicable`."""
+
+
+class Specimen:
+    """A built model and everything that checks ask of it.
+
+    `forward` runs in eval mode and without gradients unless told otherwise. Ids are int64 [batch, time], logits
+    [batch, time, vocab].
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        convention: Convention,
+        vocab_size: int,
+        *,
+        name: str,
+        spec: str = "",
+        seed: int = 0,
+        builder: Callable[[int], nn.Module] | None = None,
+        pristine: Callable[[], nn.Module] | None = None,
+        tokenizer: Any = None,
+        recipe: Any = None,
+        reference: Specimen | None = None,
+        announce: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.module = module
+        self.convention = convention
+        self.vocab_size = vocab_size
+        self.name = name
+        self.spec = spec or name
+        self.seed = seed
+        self.builder = builder
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        self.reference = reference
+        self.announce = announce
+        self._pristine = pristine
+        self._capabilities: dict[str, capabilities.Capability] = {}
+        self._twin: Specimen | None | bool = False
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any | None:
+        return structure.config_of(self.module)
+
+    @property
+    def model_type(self) -> str | None:
+        """transformers' name of the architecture, where the class comes from transformers."""
+        if not type(self.module).__module__.startswith("transformers."):
+            return None
+        return getattr(getattr(self.module, "config", None), "model_type", None)
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights (the first floating parameter's)."""
+        import torch
+
+        floating = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(floating, torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @functools.cached_property
+    def context_length(self) -> int | None:
+        """How many tokens it takes: stated, or found by trying up to 128; None where no limit was met."""
+        stated = structure.context_length(self.module)
+        if stated is not None:
+            return stated
+        if self._fits(LONGEST_PROBE):
+            return None
+        low, high = 5, LONGEST_PROBE
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._fits(middle) else (low, middle)
+        return low
+
+    def _fits(self, time: int) -> bool:
+        try:
+            self.logits(self.probe_ids(1, time))
+        except Exception:
+            return False
+        return True
+
+    @functools.cached_property
+    def window(self) -> int | None:
+        """The stated sliding window in tokens."""
+        return structure.window(self.module)
+
+    def longest(self, wanted: int) -> int:
+        """`wanted` tokens, or as many as the context takes."""
+        return wanted if self.context_length is None else min(wanted, self.context_length)
+
+    @functools.cached_property
+    def ordinary_ids(self) -> list[int]:
+        """Token ids that no config calls special (all ids, where too few would be left)."""
+        special = set(structure.special_ids(self.module).values()) | {0, 1, 2}
+        ordinary = [i for i in range(min(self.vocab_size, 50_000)) if i not in special]
+        return ordinary if len(ordinary) >= 4 else list(range(self.vocab_size))
+
+    def probe_ids(self, batch: int = 2, time: int = 5) -> Tensor:
+        """A few legal tokens [batch, time], the same every time."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        return random_ids(self.ordinary_ids, batch, time, generator).to(self.device)
+
+    def can(self, name: str) -> capabilities.Capability:
+        """Whether it has that capability, probed once."""
+        if name not in self._capabilities:
+            self._capabilities[name] = capabilities.probe(self, name)
+        return self._capabilities[name]
+
+    # -- calling it ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool | None = None,
+        embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+        train: bool = False,
+        grad: bool = False,
+    ) -> Output:
+        """One call. `mask` [batch, past + time] of 1 and 0; `labels` as the model's own convention wants them."""
+        import torch
+
+        if self.module.training != train:
+            self.module.train(train)
+        with torch.set_grad_enabled(grad):
+            return self.convention.run(
+                self.module,
+                input_ids,
+                mask=mask,
+                positions=positions,
+                cache=cache,
+                use_cache=use_cache,
+                embeds=embeds,
+                labels=labels,
+                hidden_states=hidden_states,
+                attentions=attentions,
+            )
+
+    def logits(self, input_ids: Tensor | None = None, **inputs: Any) -> Tensor:
+        """`forward(...).logits`, checked to be [batch, time, vocab].
+
+        Without a cache in play the call asks for none (`use_cache=False`), as training does.
+        """
+        if "use_cache" not in inputs and inputs.get("cache") is None:
+            inputs["use_cache"] = False
+        return self.forward(input_ids, **inputs).logits
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The token embeddings that `inputs_embeds` stands for: [batch, time, width]."""
+        table = structure.embedding(self.module, self.vocab_size)
+        if table is None:
+            raise Unavailable("no token embedding found")
+        return table(input_ids)
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    @property
+    def weight_bytes(self) -> int:
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _derive(self, module: nn.Module, **changes: Any) -> Specimen:
+        keep: dict[str, Any] = {
+            "name": self.name, "spec": self.spec, "seed": self.seed, "builder": self.builder,
+            "pristine": self._pristine, "tokenizer": self.tokenizer, "recipe": self.recipe,
+            "reference": self.reference, "announce": self.announce,
+        }  # fmt: skip
+        keep.update(changes)
+        derived = Specimen(module, self.convention, self.vocab_size, **keep)
+        derived._capabilities = dict(self._capabilities)
+        return derived
+
+    def copy(self) -> Specimen:
+        """An independent copy: change its weights at will. Raises Unavailable where the model cannot be copied."""
+        return self._derive(self._copied_module())
+
+    def _copied_module(self) -> nn.Module:
+        self._afford(self.weight_bytes, "a copy")
+        try:
+            return copy.deepcopy(self.module)
+        except Exception as error:
+            if self.builder is None:
+                raise Unavailable(f"the model cannot be copied: {type(error).__name__}: {error}") from error
+            fresh = self.builder(self.seed)
+            fresh.load_state_dict(self.module.state_dict())
+            return fresh.to(device=self.device, dtype=self.dtype).train(self.module.training)
+
+    def twin(self) -> Specimen | None:
+        """A float64 copy, made once; None where the model does not run, or does not answer, in float64."""
+        if isinstance(self._twin, bool):
+            self._twin = self._make_twin()
+        return self._twin
+
+    def _make_twin(self) -> Specimen | None:
+        import torch
+
+        if self.dtype == torch.float64:
+            return None
+        try:
+            self._afford(self.weight_bytes * 8 // max(1, self.dtype.itemsize), "a float64 copy")
+            module = self._copied_module().to(torch.float64)
+            set_experts = getattr(module, "set_experts_implementation", None)
+            if callable(set_experts):  # the grouped kernels take no float64
+                set_experts("eager")
+            twin = self._derive(module)
+            logits = twin.logits(self.probe_ids())
+        except Exception:
+            return None
+        if logits.dtype != torch.float64 or not bool(logits.isfinite().all()):
+            return None
+        return twin
+
+    def fresh(self, seed: int) -> Specimen:
+        """Built anew under that seed, weights as the builder leaves them. Raises Unavailable without a builder."""
+        if self.builder is None:
+            raise Unavailable(str(self.can("rebuild").reason))
+        module = self.builder(seed).to(device=self.device, dtype=self.dtype)
+        return self._derive(module.eval(), seed=seed)
+
+    def as_loaded(self) -> Specimen:
+        """The model with the weights it came with, before excitation."""
+        if self._pristine is None:
+            return self
+        return self._derive(self._pristine().to(device=self.device, dtype=self.dtype).eval(), pristine=None)
+
+    def _afford(self, need: int, what: str) -> None:
+        available = available_memory()
+        if need > LARGE:
+            self.announce(f"{what} of {self.name} takes {need / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are free")
+        if need > available:
+            raise Unavailable(
+                f"{what} would take {need / 2**30:.1f} GiB and {available / 2**30:.1f} GiB are free; "
+                "check a smaller configuration of the same code"
+            )
+
+    # -- tolerance -------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def noise(self) -> float:
+        """The noise floor of the logits, in logits; see lmconform.tolerance."""
+        return tolerance.noise_floor(self, self.probe_ids(2, self.longest(40)))
+
+    def scaled(self, factor: float) -> Specimen:
+        """A copy whose matrices are `factor` times as large: attention becomes hard, soft masks leak."""
+        import torch
+
+        copied = self.copy()
+        with torch.no_grad():
+            for parameter in copied.module.parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(factor)
+        return copied
+
+
+def random_ids(ordinary: list[int], batch: int, time: int, generator: torch.Generator) -> Tensor:
+    """Tokens drawn evenly from `ordinary`, [batch, time]."""
+    import torch
+
+    table = torch.tensor(ordinary)
+    return table[torch.randint(len(ordinary), (batch, time), generator=generator)]
+
+
+def available_memory() -> int:
+    """Bytes of memory that can still be had, as the system estimates it."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

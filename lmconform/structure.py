@@ -1,0 +1,116 @@
+"""What can be read off a module's structure: blocks, embedding, stated sizes. Nothing here runs the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONTEXT = (
+    "max_position_embeddings", "n_positions", "n_ctx", "block_size", "max_seq_len", "max_seq_length", "context_length",
+    "max_len", "max_length", "seq_len", "ctx_len", "max_target_positions",
+)  # fmt: skip
+WINDOW = ("sliding_window", "attention_window", "window_size", "local_attention")
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "decoder_start_token_id", "mask_token_id")
+
+
+def config_of(module: nn.Module) -> Any | None:
+    """The model's config object (or dict), the text part of a composite one; None where it has none."""
+    config = getattr(module, "config", None)
+    if config is None:
+        config = getattr(module, "cfg", None)
+    get_text = getattr(config, "get_text_config", None)
+    if callable(get_text):
+        try:
+            return get_text(decoder=True)
+        except (TypeError, ValueError):
+            return config
+    return config
+
+
+def stated(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first whole number that the config, else the module itself, states under one of these names."""
+    config = config_of(module)
+    for holder in (config, module):
+        for name in names:
+            value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def context_length(module: nn.Module) -> int | None:
+    """The stated number of positions, None where none is stated."""
+    return stated(module, CONTEXT)
+
+
+def window(module: nn.Module) -> int | None:
+    """The stated sliding window in tokens, None where there is none or it is switched off."""
+    config = config_of(module)
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return stated(module, WINDOW)
+
+
+def special_ids(module: nn.Module) -> dict[str, int]:
+    """Special token ids by name, from config and generation config."""
+    found: dict[str, int] = {}
+    for holder in (config_of(module), getattr(module, "generation_config", None)):
+        for name in SPECIAL:
+            value = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+            if isinstance(value, list | tuple) and value:
+                value = value[0]
+            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                found.setdefault(name, value)
+    return found
+
+
+def blocks(module: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Name and list of the repeated blocks (layers): the ModuleList that holds the most parameters."""
+    from torch import nn
+
+    lists = [
+        (name, part)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList)
+        and len(part) > 0
+        and not any(isinstance(child, nn.Embedding | nn.ModuleList) for child in part)
+    ]
+    if not lists:
+        return None
+    return max(lists, key=lambda item: (_size(item[1]), -len(item[0])))
+
+
+def embedding(module: nn.Module, vocab_size: int) -> nn.Module | None:
+    """The token embedding: get_input_embeddings() where there is one, else the nn.Embedding of `vocab_size` rows."""
+    from torch import nn
+
+    getter = getattr(module, "get_input_embeddings", None)
+    if callable(getter):
+        try:
+            found = getter()
+        except (NotImplementedError, AttributeError):
+            found = None
+        if isinstance(found, nn.Module):
+            return found
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    exact = [table for table in tables if table.num_embeddings == vocab_size]
+    return (exact or [table for table in tables if table.num_embeddings > vocab_size] or [None])[0]
+
+
+def head(module: nn.Module, vocab_size: int) -> nn.Module | None:
+    """The output projection to the vocabulary, None where it cannot be told."""
+    from torch import nn
+
+    getter = getattr(module, "get_output_embeddings", None)
+    if callable(getter):
+        found = getter()
+        if isinstance(found, nn.Module):
+            return found
+    heads = [part for part in module.modules() if isinstance(part, nn.Linear) and part.out_features == vocab_size]
+    return heads[-1] if heads else None
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,232 @@
+"""Subject: what a user hands over, a model or the way to build one, and how it becomes a Specimen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lmconform.conventions import ConventionError, find_convention, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lmconform.specimen import Specimen
+
+
+class BuildError(Exception):
+    """The subject could not be built; the text says what was tried and what came of it (exit code 2)."""
+
+
+class Subject:
+    """One causal language model to be checked.
+
+    `model_or_builder` is an `nn.Module`, or a callable without arguments that returns one or a `(model, tokenizer)`
+    pair. `call(model, input_ids, **kw) -> logits` says how to call it where that cannot be found out: ids are int64
+    [batch, time], logits [batch, time, vocab]; whatever other inputs `call` names (attention_mask, position_ids,
+    past_key_values, inputs_embeds, labels) are used.
+    """
+
+    def __init__(
+        self,
+        model_or_builder: Any,
+        *,
+        name: str | None = None,
+        call: Callable[..., Any] | None = None,
+        tokenizer: Any = None,
+        recipe: Any = None,
+    ) -> None:
+        if not callable(model_or_builder):
+            raise TypeError(
+                "a subject is an nn.Module or a callable without arguments that returns one, "
+                f"not {type(model_or_builder).__name__}"
+            )
+        self.model_or_builder = model_or_builder
+        self.name = name or _name_of(model_or_builder)
+        self.spec = self.name
+        self.call = call
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+
+    def __repr__(self) -> str:
+        return f"Subject({self.name})"
+
+    def open(
+        self,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        dtype: str | None = None,
+        as_loaded: bool = False,
+        announce: Callable[[str], None] = lambda text: None,
+    ) -> Specimen:
+        """Build the model, excite its weights (unless `as_loaded`) and find out how it is called.
+
+        Raises BuildError with the whole reason.
+        """
+        import torch
+
+        from lmconform.excitation import excite
+        from lmconform.specimen import Specimen, random_ids
+
+        place, number = resolve_device(device), resolve_dtype(dtype)
+        given = self.model_or_builder
+        if isinstance(given, torch.nn.Module):
+            module = _announced_copy(given, announce)
+            builder = None
+        else:
+            module = self._build(seed)
+            builder = self._build
+        pristine: Callable[[], nn.Module] | None = None
+        if not as_loaded:
+            pristine = _pristine(self, module, seed)
+        try:
+            module = module.to(device=place, dtype=number) if number else module.to(place)
+        except Exception as error:
+            raise BuildError(
+                f"{self.name}: .to({device}) raised {type(error).__name__}: {first_line(error)}"
+            ) from error
+        if not as_loaded:
+            excite(module, seed)
+        module.eval()
+        ids = random_ids(list(range(3, 8)), 2, 5, torch.Generator().manual_seed(0)).to(place)
+        try:
+            convention, vocab_size = find_convention(module, ids, self.call)
+        except ConventionError as error:
+            raise BuildError(f"{self.name}: {error}") from error
+        return Specimen(
+            module,
+            convention,
+            vocab_size,
+            name=self.name,
+            spec=self.spec,
+            seed=seed,
+            builder=builder,
+            pristine=pristine,
+            tokenizer=self.tokenizer,
+            recipe=self.recipe,
+            announce=announce,
+        )
+
+    def _build(self, seed: int) -> nn.Module:
+        """Call the builder under `seed`, leaving the caller's random state alone."""
+        import torch
+
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                made = self.model_or_builder()
+        except SystemExit as error:
+            raise BuildError(f"{self.name}: the builder called sys.exit({error.code!r})") from error
+        except MemoryError as error:
+            raise BuildError(f"{self.name}: the builder ran out of memory") from error
+        except Exception as error:
+            raise BuildError(
+                f"{self.name}: the builder raised {type(error).__name__}: {first_line(error)}{_raised_at(error)}"
+            ) from error
+        if isinstance(made, tuple) and len(made) == 2:
+            made, tokenizer = made
+            self.tokenizer = self.tokenizer or tokenizer
+        if isinstance(made, Subject):
+            raise BuildError(f"{self.name}: the builder returned a Subject; give the Subject itself as the spec")
+        if not isinstance(made, torch.nn.Module):
+            raise BuildError(
+                f"{self.name}: the builder returned {type(made).__name__}, expected an nn.Module "
+                "or a (model, tokenizer) pair"
+            )
+        return made
+
+
+def as_subject(given: Any, *, trust_remote_code: bool = False) -> Subject:
+    """A Subject from a Subject, a module, a builder or a SPEC. Raises BuildError or TypeError."""
+    if isinstance(given, Subject):
+        return given
+    if isinstance(given, str):
+        from lmconform.loading import load_spec
+
+        return load_spec(given, trust_remote_code=trust_remote_code)
+    return Subject(given)
+
+
+def resolve_device(device: str) -> Any:
+    """A torch.device that is there. Raises BuildError that says which are."""
+    import torch
+
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise BuildError(f"device {device!r}: {first_line(error)}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise BuildError(f"device {device!r}: this machine has no CUDA device; use cpu")
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise BuildError(f"device {device!r}: this machine has no MPS device; use cpu")
+    return place
+
+
+def resolve_dtype(dtype: str | None) -> Any:
+    """A floating torch.dtype by name, None for the model's own. Raises BuildError."""
+    import torch
+
+    if dtype is None:
+        return None
+    number = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+        raise BuildError(f"dtype {dtype!r} is none of float32, float64, bfloat16, float16")
+    return number
+
+
+def _announced_copy(module: nn.Module, announce: Callable[[str], None]) -> nn.Module:
+    """The user's own module is never touched: a copy is checked."""
+    from lmconform.specimen import LARGE, available_memory
+
+    need = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+    if need > LARGE:
+        announce(f"a copy takes {need / 2**30:.1f} GiB; {available_memory() / 2**30:.1f} GiB are free")
+    if need > available_memory():
+        raise BuildError(
+            f"a copy of the model would take {need / 2**30:.1f} GiB and {available_memory() / 2**30:.1f} GiB are free"
+        )
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise BuildError(
+            f"the model cannot be copied ({type(error).__name__}: {first_line(error)}); "
+            "give a builder, a callable that returns it, instead"
+        ) from error
+
+
+def _pristine(subject: Subject, module: nn.Module, seed: int) -> Callable[[], nn.Module]:
+    given = subject.model_or_builder
+    import torch
+
+    if isinstance(given, torch.nn.Module):
+        return lambda: copy.deepcopy(given)
+    state = {key: value.clone() for key, value in module.state_dict().items()} if _small(module) else None
+
+    def rebuild() -> nn.Module:
+        fresh = subject._build(seed)
+        if state is not None:  # a builder that ignores the seed would give other weights
+            fresh.load_state_dict(state)
+        return fresh
+
+    return rebuild
+
+
+def _small(module: nn.Module) -> bool:
+    return sum(p.numel() for p in module.parameters()) < 50_000_000
+
+
+def _name_of(given: Any) -> str:
+    return getattr(given, "__name__", None) or type(given).__name__
+
+
+def _raised_at(error: BaseException) -> str:
+    """' (at model.py:12)': the last line of the traceback, for a one-line message."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return ""
+    from pathlib import Path
+
+    return f" (at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"

@@ -1,0 +1,74 @@
+"""How much two computations of the same thing may differ: measured, not guessed.
+
+The noise floor of a subject is what rounding alone does to its logits: the distance to a float64 copy, and the change
+under weights moved by one unit in the last place. A comparison is allowed `FACTOR` noise floors. The floor is the
+90th percentile over tokens, so that a token whose expert routing flips does not widen the bound for all others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lmconform.specimen import Specimen
+
+FACTOR = 16.0
+CONFIRM_BELOW = 1000.0  # a red within this many bounds must be confirmed in float64, where there is such a copy
+TWIN_PERTURBATION = 1e-10  # far above float64 rounding, far below float32's: hidden float32 parts show as noise
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """The distance from 1.0 to the next number of that type."""
+    import torch
+
+    return torch.finfo(dtype).eps
+
+
+def noise_floor(subject: Specimen, ids: Tensor) -> float:
+    """What rounding does to the logits of `ids` [batch, time], in logits (absolute)."""
+    import torch
+
+    base = subject.logits(ids).double()
+    floors = [_typical(epsilon(subject.dtype) * base.abs())]
+    if subject.dtype == torch.float64:
+        floors.append(_typical(base - perturbed(subject, ids, TWIN_PERTURBATION).double()))
+    else:
+        floors.append(_typical(base - perturbed(subject, ids, epsilon(subject.dtype)).double()))
+        twin = subject.twin()
+        if twin is not None:
+            floors.append(_typical(base - twin.logits(ids).double()))
+    finite = [floor for floor in floors if floor == floor]
+    return max(finite, default=float("nan"))
+
+
+def perturbed(subject: Specimen, ids: Tensor, size: float) -> Tensor:
+    """Logits of a copy whose every weight is moved by a random relative `size`."""
+    import torch
+
+    copy = subject.copy()
+    generator = torch.Generator().manual_seed(subject.seed + 1)
+    with torch.no_grad():
+        for parameter in copy.module.parameters():
+            if parameter.is_floating_point():
+                wobble = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.mul_(1 + size * wobble) if size > epsilon(parameter.dtype) else parameter.copy_(
+                    torch.where(wobble > 0, parameter * (1 + epsilon(parameter.dtype)), parameter)
+                )
+    return copy.logits(ids)
+
+
+def _typical(error: Tensor) -> float:
+    per_token = error.abs().amax(dim=-1).flatten()
+    per_token = per_token[per_token.isfinite()]
+    return float(per_token.quantile(0.9)) if per_token.numel() else float("nan")
+
+
+def allowed(noise: float, logits: Tensor) -> float:
+    """The bound for comparing logits like these: FACTOR noise floors, at least FACTOR units in the last place."""
+    finite = logits.detach()[logits.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    floor = epsilon(logits.dtype) * scale
+    return FACTOR * max(noise if noise == noise else 0.0, floor)
