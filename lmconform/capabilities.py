@@ -74,7 +74,7 @@ def _gen(subject: Specimen) -> Capability:
 
 def _rebuild(subject: Specimen) -> Capability:
     if subject.builder is None:
-        return Capability(False, "a finished model was given; a builder (a callable that returns it) can be called again")
+        return Capability(False, "a finished model was given; give a builder, a callable that returns it")
     return YES
 
 

@@ -126,7 +126,9 @@ class Context:
         `allowed` if given, else FACTOR noise floors (`noise`: by default the subject's own).
         """
         if actual.shape != expected.shape:
-            raise Violation(f"{message}: shapes {list(actual.shape)} and {list(expected.shape)}", where=where, hint=hint)
+            raise Violation(
+                f"{message}: shapes {list(actual.shape)} and {list(expected.shape)}", where=where, hint=hint
+            )
         if actual.numel() == 0:
             return
         bad = actual.isnan() & ~expected.isnan()

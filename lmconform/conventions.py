@@ -25,13 +25,13 @@ LABELS = ("labels", "targets", "target", "y")
 HIDDEN = ("output_hidden_states",)
 ATTENTIONS = ("output_attentions",)
 
-ADAPTER = '''\
+ADAPTER = """\
 import lmconform, {module}
 
 def call(model, input_ids, **kw):          # input_ids: [batch, time] of int64
     return model(input_ids)                # must come out as logits: [batch, time, vocab]
 
-subject = lmconform.Subject({module}.build, call=call)      # then: lmconform check this_file.py:subject'''
+subject = lmconform.Subject({module}.build, call=call)      # then: lmconform check this_file.py:subject"""
 
 
 class ConventionError(Exception):
@@ -134,9 +134,7 @@ def read(raw: Any, cache_name: str | None = None) -> Output:
                     )
                 raise ConventionError(f"returned {type(raw).__name__} with {', '.join(named) or 'nothing'}, no logits")
         cache = next((named[n] for n in (cache_name, *CACHE) if n and named.get(n) is not None), None)
-        return Output(
-            named["logits"], cache, named.get("loss"), named.get("hidden_states"), named.get("attentions")
-        )
+        return Output(named["logits"], cache, named.get("loss"), named.get("hidden_states"), named.get("attentions"))
     if isinstance(raw, tuple | list) and raw:
         tensors = [item for item in raw if isinstance(item, torch.Tensor)]
         logits = next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), None)
@@ -242,15 +240,14 @@ def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[
         shared["hidden_states"] = shared["hidden_states"] or "output_hidden_states"
         shared["attentions"] = shared["attentions"] or "output_attentions"
     if call is not None:
-        inputs, _, open_call = _call_parameters(call)
-        own = {
+        inputs = inspect.signature(call).parameters
+        own: dict[str, Any] = {
             key: next((name for name in names if name in inputs), None)
             for key, names in (
                 ("mask", MASK), ("positions", POSITIONS), ("cache", CACHE), ("use_cache", USE_CACHE),
                 ("embeds", EMBEDS), ("labels", LABELS),
             )
         }  # fmt: skip
-        del open_call
         yield Convention(None, call=call, labels_shifted=own["labels"] == "labels", **own)
         return
     known = [name for name in IDS if name in named]
@@ -266,16 +263,6 @@ def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[
     if open_keywords and not known:
         yield Convention("input_ids", **shared)
     yield Convention(None, **shared)
-
-
-def _call_parameters(call: Callable[..., Any]) -> tuple[set[str], bool, bool]:
-    parameters = inspect.signature(call).parameters.values()
-    kinds = {parameter.kind for parameter in parameters}
-    return (
-        {parameter.name for parameter in parameters},
-        inspect.Parameter.VAR_POSITIONAL in kinds,
-        inspect.Parameter.VAR_KEYWORD in kinds,
-    )
 
 
 def expect_logits(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

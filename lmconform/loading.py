@@ -62,7 +62,8 @@ def _import_file(path: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     folder = str(file.resolve().parent)
@@ -117,17 +118,15 @@ def _attribute(module: ModuleType, attribute: str, spec: str) -> Subject:
 
 
 def _transformers_type(model_type: str, spec: str) -> Subject:
-    from lmconform import shrinking
-
-    try:
-        shrinking.tiny_config(model_type)
-    except (shrinking.UnknownType, shrinking.Unshrinkable) as error:
-        raise BuildError(f"{spec}: {error}") from error
-
-    def build() -> Any:
+    def build() -> Any:  # transformers is imported here, not when the SPEC is read
         import torch
 
-        return shrinking.tiny_model(model_type, seed=torch.initial_seed() % (1 << 31))
+        from lmconform import shrinking
+
+        try:
+            return shrinking.tiny_model(model_type, seed=torch.initial_seed() % (1 << 31))
+        except (shrinking.UnknownType, shrinking.Unshrinkable) as error:
+            raise BuildError(f"{spec}: {error}") from error
 
     return Subject(build, name=model_type)
 
@@ -145,8 +144,7 @@ def _checkpoint(place: str, trust_remote_code: bool, name: str) -> Subject:
         model = build()
         return model, _tokenizer(place, trust_remote_code)
 
-    subject = Subject(build_with_tokenizer, name=name)
-    return subject
+    return Subject(build_with_tokenizer, name=name)
 
 
 def _tokenizer(place: str, trust_remote_code: bool) -> Any | None:

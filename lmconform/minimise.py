@@ -32,7 +32,8 @@ def search(
     import hypothesis
     from hypothesis import HealthCheck, Phase, settings
 
-    assert check.space is not None
+    space = check.space
+    assert space is not None
     deadline = time.monotonic() + seconds
     found: list[Violation] = []
 
@@ -59,14 +60,14 @@ def search(
             suppress_health_check=list(HealthCheck),
             report_multiple_bugs=False,
             verbosity=hypothesis.Verbosity.quiet,
-        )(hypothesis.given(strategy(check.space, at_most))(attempt))
+        )(hypothesis.given(strategy(space, at_most))(attempt))
     )
     try:
         runner()
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit) or not found:
             raise
-    return min(found, key=lambda violation: _size(violation.case, check.space)) if found else None
+    return min(found, key=lambda violation: _size(violation.case, space)) if found else None
 
 
 def strategy(space: Space, at_most: Case | None = None) -> SearchStrategy[Case]:

@@ -105,9 +105,7 @@ def register_check(
 
     def register(function: CheckFunction) -> CheckFunction:
         cases = tuple(Case(case) for case in grid)
-        _checks[id] = Check(
-            id, function, holds, tuple(needs), tuple(requires), profile, severity, space, cases
-        )
+        _checks[id] = Check(id, function, holds, tuple(needs), tuple(requires), profile, severity, space, cases)
         return function
 
     return register
@@ -139,9 +137,7 @@ def unknown_id(id: str, known: Iterable[str]) -> str:
     return f"no check is called {id!r}" + (f"; did you mean {' or '.join(near)}?" if near else "; see: lmconform list")
 
 
-def select_checks(
-    profile: str = "default", select: Iterable[str] = (), deselect: Iterable[str] = ()
-) -> list[Check]:
+def select_checks(profile: str = "default", select: Iterable[str] = (), deselect: Iterable[str] = ()) -> list[Check]:
     """The checks of a profile, narrowed by ids, families or globs, in the order of registration.
 
     A check named by its whole id runs whatever its profile; a family or a glob stays within the profile.

@@ -73,9 +73,7 @@ class Runner:
             with _time_limit(self.timeout), _quiet(self.seed):
                 violation = _attempt(check, self.subject, context)
                 if violation is None and self.profile == "thorough" and check.space and self.case is None:
-                    violation = search(
-                        check, self.subject, seed=self.seed, seconds=self.timeout / 4, examples=100
-                    )
+                    violation = search(check, self.subject, seed=self.seed, seconds=self.timeout / 4, examples=100)
         except Unavailable as reason:
             return self._result(check, Status.not_applicable, str(reason))
         except Hang:
@@ -158,9 +156,7 @@ class Runner:
         result.margin = shown.margin
         return result
 
-    def _result(
-        self, check: Check, status: Status, message: str, case: Case | None = None, where: str = ""
-    ) -> Result:
+    def _result(self, check: Check, status: Status, message: str, case: Case | None = None, where: str = "") -> Result:
         result = Result(check.id, check.family, check.severity, status, message=message, where=where)
         if status in (Status.failed, Status.warned, Status.error):
             result.repro = self.repro(check, case)
@@ -188,9 +184,7 @@ def _attempt(check: Check, subject: Specimen, context: Context) -> Violation | N
     return None
 
 
-def run_all(
-    runner: Runner, checks: Sequence[Check], *, budget: float | None = None
-) -> Iterator[Result]:
+def run_all(runner: Runner, checks: Sequence[Check], *, budget: float | None = None) -> Iterator[Result]:
     """Results in order; checks that no longer fit into `budget` seconds are `not_run`, by name."""
     started = time.monotonic()
     for check in checks:
@@ -226,7 +220,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _quiet(seed: int) -> Iterator[None]:
-    """Leave no trace: the caller's random state is kept, and warnings that a subject raises by the dozen are dropped."""
+    """Leave no trace: the caller's random state is kept, and the warnings a subject raises by the dozen go."""
     import torch
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

@@ -32,36 +32,40 @@ LAYERS = 2
 # Every name under which a config spells a size, by the value it shrinks to. Sizes that could be confused with
 # one another get different values, so that a swapped dimension fails instead of broadcasting.
 _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
-    (VOCAB, ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "audio_vocab_size", "unpadded_vocab_size")),
+    (VOCAB, (
+        "vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "audio_vocab_size",
+        "unpadded_vocab_size",
+    )),
     (HIDDEN, (
-        "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "lru_width", "word_embed_proj_dim",
-        "text_hidden_size", "hidden_size_global", "adapter_input_size", "adapter_in_dim", "adapter_out_dim", "out_hidden_size",
-        "ext_pw_out_channel", "nemo_conv_channels", "output_channels", "audio_embed_dim", "mm_embed_dim",
+        "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "lru_width",
+        "word_embed_proj_dim", "text_hidden_size", "hidden_size_global", "adapter_input_size",
+        "adapter_in_dim", "adapter_out_dim", "out_hidden_size", "ext_pw_out_channel",
+        "nemo_conv_channels", "output_channels", "audio_embed_dim", "mm_embed_dim",
     )),
     (LAYERS, (
-        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers",
-        "num_encoder_layers", "num_decoder_layers", "depth", "max_window_layers",
+        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers",
+        "encoder_layers", "num_encoder_layers", "num_decoder_layers", "depth", "max_window_layers",
         "conf_num_hidden_layers", "n_layers_per_attn_res_block", "vision_layers",
     )),
     (HEADS, (
-        "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "encoder_attention_heads",
-        "decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads",
-        "swa_num_attention_heads", "linear_num_heads", "linear_num_value_heads", "index_n_heads",
-        "conf_num_attention_heads",
+        "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads",
+        "encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads",
+        "num_decoder_attention_heads", "swa_num_attention_heads", "linear_num_heads",
+        "linear_num_value_heads", "index_n_heads", "conf_num_attention_heads",
     )),
     (KV_HEADS, (
-        "num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads", "linear_num_key_heads",
-        "num_global_key_value_heads", "num_query_groups",
+        "num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads",
+        "linear_num_key_heads", "num_global_key_value_heads", "num_query_groups",
     )),
     (HEAD_DIM, (
-        "head_dim", "d_head", "dim_head", "kv_channels", "attention_head_size", "swa_head_dim", "linear_head_dim",
-        "linear_key_head_dim", "global_head_dim", "index_head_dim", "qk_nope_head_dim", "v_head_dim",
-        "swa_v_head_dim", "d_kv", "mamba_d_head", "mamba_head_dim",
+        "head_dim", "d_head", "dim_head", "kv_channels", "attention_head_size", "swa_head_dim",
+        "linear_head_dim", "linear_key_head_dim", "global_head_dim", "index_head_dim", "qk_nope_head_dim",
+        "v_head_dim", "swa_v_head_dim", "d_kv", "mamba_d_head", "mamba_head_dim",
     )),
     (INTERMEDIATE, (
-        "intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "n_inner", "dff", "dim_ff",
-        "d_ff", "ffn_hidden_size", "feed_forward_size", "dense_intermediate_size", "intermediate_size_mlp",
-        "prefix_dense_intermediate_size", "mlp_dim",
+        "intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "n_inner", "dff",
+        "dim_ff", "d_ff", "ffn_hidden_size", "feed_forward_size", "dense_intermediate_size",
+        "intermediate_size_mlp", "prefix_dense_intermediate_size", "mlp_dim",
     )),
     (48, ("moe_intermediate_size", "expert_ffn_hidden_size", "output_embedding_size")),
     (POSITIONS // 2, ("original_max_position_embeddings",)),
@@ -71,8 +75,9 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         "indexer_head_dim",
     )),
     (24, (
-        "q_lora_rank", "o_lora_rank", "laurel_rank", "gated_norm_rank", "hc_lowrank", "hidden_size_per_layer_input",
-        "linear_value_head_dim", "adapter_rank", "router_hidden_size", "query_pre_attn_scalar",
+        "q_lora_rank", "o_lora_rank", "laurel_rank", "gated_norm_rank", "hc_lowrank",
+        "hidden_size_per_layer_input", "linear_value_head_dim", "adapter_rank", "router_hidden_size",
+        "query_pre_attn_scalar",
     )),
     (8, (
         "qk_rope_head_dim", "rotary_dim", "state_size", "ssm_state_size", "mamba_d_state", "d_rel",
@@ -80,13 +85,13 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
     )),
     (5, ("time_step_rank", "mamba_dt_rank")),
     (POSITIONS, (
-        "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length", "context_length",
-        "max_target_positions", "max_source_positions", "sequence_length",
+        "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length",
+        "context_length", "max_target_positions", "max_source_positions", "sequence_length",
     )),
     (WINDOW, (
-        "sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention",
-        "attention_chunk_size", "keep_window_size", "rel_extent", "block_size", "chunk_size", "mamba_chunk_size",
-        "mem_len", "index_topk",
+        "sliding_window", "sliding_window_size", "attention_window_size", "window_size",
+        "local_attention", "attention_chunk_size", "keep_window_size", "rel_extent", "block_size",
+        "chunk_size", "mamba_chunk_size", "mem_len", "index_topk",
     )),
     (EXPERTS, (
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num",
@@ -97,8 +102,8 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         "n_group", "num_expert_group", "index_topk_blocks", "n_groups",
     )),
     (1, (
-        "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "first_k_dense_replace",
-        "num_dense_layers", "num_nextn_predict_layers",
+        "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts",
+        "first_k_dense_replace", "num_dense_layers", "num_nextn_predict_layers",
     )),
     (32, ("image_size", "mm_tokens_per_image", "num_mel_bins")),
 )  # fmt: skip
@@ -145,8 +150,8 @@ def causal_types() -> list[str]:
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """A config of ``model_type`` shrunk to about 64 wide, 2 layers and 99 tokens.
 
-    Composite (vision, audio) types come whole, with every sub-config shrunk. Raises ``UnknownType`` for a name
-    that is not in ``causal_types()`` and ``Unshrinkable`` where the architecture allows no tiny version.
+    Composite (vision, audio) types come whole, with every sub-config shrunk. Raises ``UnknownType`` for a
+    name that is not in ``causal_types()``, ``Unshrinkable`` where the architecture allows no tiny version.
     """
     if model_type not in causal_types():
         raise UnknownType(model_type)
@@ -158,15 +163,15 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     try:
         return _shrunk(CONFIG_MAPPING[model_type], entry)
     except Exception as error:
-        raise Unshrinkable(model_type, f"its config rejects the shrunk sizes ({_first_line(error)}).") from error
+        raise Unshrinkable(model_type, f"its config rejects the shrunk sizes ({_summary(error)}).") from error
 
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A tiny causal model: float32 on the CPU, eval mode, default attention, weights drawn from ``seed``.
 
-    ``model(input_ids=[B, T]).logits`` is ``[B, T, vocab]`` with vocab ``model.config.get_text_config().vocab_size``
-    and T at most ``POSITIONS``. The caller's random state is left as it was. Raises as ``tiny_config`` does, and
-    ``Unshrinkable`` too where the model class cannot be built.
+    ``model(input_ids=[B, T]).logits`` is ``[B, T, vocab]``, where vocab is
+    ``model.config.get_text_config().vocab_size`` and T at most ``POSITIONS``. The caller's random state is
+    left as it was. Raises as ``tiny_config`` does, ``Unshrinkable`` also where the class cannot be built.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -179,11 +184,12 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
         try:
             if _is_config(decoder := getattr(config, "decoder", None)):
                 # The auto class hands these models the whole composite, of which they read the decoder only.
-                model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](decoder).float()
+                model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                model = model_class(decoder).float()
             else:
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         except Exception as error:
-            raise Unshrinkable(model_type, f"its model class cannot be built ({_first_line(error)}).") from error
+            raise Unshrinkable(model_type, f"its model class cannot be built ({_summary(error)}).") from error
     return model.eval()
 
 
@@ -193,18 +199,17 @@ def _adjustments() -> dict[str, dict[str, Any]]:
     return tomllib.loads(text)
 
 
-def _first_line(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:200]}"
 
 
 def _shrunk(config_class: type[PreTrainedConfig], entry: dict[str, Any]) -> PreTrainedConfig:
     """Build ``config_class`` with the generic sizes, then with the type's own entry on top."""
-    adjusted = {key: value for key, value in entry.items() if key not in ("why", "base", "none")}
-    default = config_class(**entry.get("base", {}))
+    adjusted = {key: value for key, value in entry.items() if key != "why"}
+    default = config_class()
     kwargs = _generic(default, adjusted)
-    kwargs.update({key: value for key, value in adjusted.items() if not _is_config(getattr(default, key, None))})
-    kwargs.update(dict.fromkeys(entry.get("none", ())))
+    kwargs.update({key: value for key, value in adjusted.items() if not _is_config(_read(default, key))})
     return config_class(**kwargs)
 
 
@@ -236,7 +241,7 @@ def _generic(default: PreTrainedConfig, adjusted: dict[str, Any]) -> dict[str, A
 
 
 def _read(config: PreTrainedConfig, name: str) -> Any:
-    """``config.name``, or the class default for a size that varies over the layers and so has no one value."""
+    """``config.name``, or the class default of a size that varies over the layers and so has no one value."""
     try:
         return getattr(config, name, None)
     except RuntimeError:
@@ -253,7 +258,7 @@ def _layer_lists(default: PreTrainedConfig, names: set[str], adjusted: dict[str,
     if not kinds:
         return {}
     count = max(LAYERS, *map(len, kinds.values()))
-    lists: dict[str, Any] = {name: values + values[-1:] * (count - len(values)) for name, values in kinds.items()}
+    lists: dict[str, Any] = {name: kind + kind[-1:] * (count - len(kind)) for name, kind in kinds.items()}
     if "num_hidden_layers" in names:
         lists["num_hidden_layers"] = count
     return lists

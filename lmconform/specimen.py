@@ -58,7 +58,7 @@ class Specimen:
         self.announce = announce
         self._pristine = pristine
         self._capabilities: dict[str, capabilities.Capability] = {}
-        self._twin: Specimen | None | bool = False
+        self._twin: Specimen | bool | None = False
 
     # -- what it is ------------------------------------------------------------------------------------------------
 

@@ -96,7 +96,8 @@ def embedding(module: nn.Module, vocab_size: int) -> nn.Module | None:
             return found
     tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     exact = [table for table in tables if table.num_embeddings == vocab_size]
-    return (exact or [table for table in tables if table.num_embeddings > vocab_size] or [None])[0]
+    larger = [table for table in tables if table.num_embeddings > vocab_size]  # padded for speed
+    return next(iter(exact or larger), None)
 
 
 def head(module: nn.Module, vocab_size: int) -> nn.Module | None:

@@ -116,6 +116,8 @@ class Subject:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 made = self.model_or_builder()
+        except BuildError:
+            raise
         except SystemExit as error:
             raise BuildError(f"{self.name}: the builder called sys.exit({error.code!r})") from error
         except MemoryError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmconform.cases import Choice, Span
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
@@ -67,3 +69,115 @@ def check_finite(subject: Specimen, ctx: Context) -> None:
                 where=f"row {row}, position {position}, token {token}",
                 hint="a division by zero, a softmax over a fully masked row, or an overflow",
             )
+
+
+@register_check(
+    "contract.repeatable",
+    holds="two eval calls agree bit for bit; nothing is carried from call to call",
+    profile="smoke",
+    space={"between": Choice("nothing", "other_tokens", "longer", "padded", "cached"), "time": Span(1, 64)},
+    grid=(
+        {"between": "nothing", "time": 40},
+        {"between": "other_tokens", "time": 40},
+        {"between": "longer", "time": 40},
+        {"between": "padded", "time": 40},
+        {"between": "cached", "time": 40},
+    ),
+)
+def check_repeatable(subject: Specimen, ctx: Context) -> None:
+    """The same tokens twice, at once and with an unrelated call between; the weights before and after."""
+    weights = {name: tensor.detach().clone() for name, tensor in _tensors(subject.module)}
+    trained = {name for name, _ in subject.module.named_parameters(remove_duplicate=False)}
+    first: dict[int, Tensor] = {}
+    for case in ctx.cases():
+        ids = ctx.ids(2, subject.longest(case.time))
+        if ids.shape[1] not in first:
+            first[ids.shape[1]] = subject.logits(ids)
+        _unrelated_call(subject, ctx, case.between, ids)
+        changed = [name for name, tensor in _tensors(subject.module) if _moved(weights.get(name), tensor)]
+        if parameters := [name for name in changed if name in trained]:
+            ctx.fail(
+                f"a forward in eval mode changed the model's own weights: {', '.join(parameters[:3])}"
+                + (f" and {len(parameters) - 3} more" if len(parameters) > 3 else ""),
+                hint="an in-place operation on a parameter (add_, mul_, copy_ on .data) inside forward()",
+            )
+        again = subject.logits(ids)
+        if not _same_bits(first[ids.shape[1]], again):
+            _differs_again(subject, ctx, case.between, ids, first[ids.shape[1]], again, changed)
+        if changed:
+            ctx.note(f"forward() in eval mode changes the buffer {changed[0]}, without effect on these logits")
+
+
+def _unrelated_call(subject: Specimen, ctx: Context, between: str, ids: Tensor) -> None:
+    import torch
+
+    if between == "other_tokens":
+        subject.logits(ctx.other_ids(ids))
+    elif between == "longer":
+        subject.logits(ctx.ids(3, subject.longest(2 * ids.shape[1] + 1), salt=7))
+    elif between == "padded" and subject.convention.mask is not None:
+        mask = torch.ones_like(ids)
+        mask[:, : ids.shape[1] // 2] = 0
+        _tolerating_errors(subject, ctx, ctx.other_ids(ids), mask=mask)
+    elif between == "cached" and subject.convention.cache is not None:
+        _tolerating_errors(subject, ctx, ctx.other_ids(ids), use_cache=True)
+
+
+def _tolerating_errors(subject: Specimen, ctx: Context, ids: Tensor, **inputs: Any) -> None:
+    """A masked or cached call that raises is a finding of those families and says nothing about repeatability."""
+    try:
+        subject.forward(ids, **inputs)
+    except Exception as error:
+        ctx.note(f"a call with {', '.join(inputs)} between raised {type(error).__name__}")
+
+
+def _differs_again(
+    subject: Specimen, ctx: Context, between: str, ids: Tensor, first: Tensor, again: Tensor, changed: list[str]
+) -> None:
+    import torch
+
+    if first.shape != again.shape:
+        ctx.fail(f"the same tokens gave logits {list(first.shape)}, then {list(again.shape)}")
+    size = float((first.double() - again.double()).abs().nan_to_num(nan=float("inf")).max())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        one = subject.logits(ids)
+        torch.manual_seed(0)
+        random = _same_bits(one, subject.logits(ids)) and not _same_bits(one, subject.logits(ids))
+    if ids.device.type != "cpu" and not random and not changed:
+        ctx.equal(again, first, "two eval calls on the same tokens differ by more than the device's own reordering")
+        ctx.note(f"{ids.device.type} gives other bits on each call (up to {size:.3g}), within rounding")
+        return
+    row, position, _ = (first != again).nonzero()[0].tolist()
+    where = f"row {row}, position {position} first"
+    if random:
+        hint = "dropout (or other noise) is active in eval: pass training=self.training to F.dropout, or use nn.Dropout"
+        ctx.fail("two eval calls on the same tokens give different logits: they depend on the random state",
+                 measured=size, allowed=0.0, where=where, hint=hint)  # fmt: skip
+    if changed:
+        hint = f"forward() writes to the buffer {changed[0]} in eval mode"
+    else:
+        hint = "state kept on the module from the call before (a cache, a mask or positions stored as an attribute)"
+    then = {"nothing": "", "other_tokens": " after a call on other tokens", "longer": " after a longer call",
+            "padded": " after a call with padding", "cached": " after a call with use_cache"}[between]  # fmt: skip
+    ctx.fail(f"the same tokens give different logits the second time{then}: something is carried from call to call",
+             measured=size, allowed=0.0, where=where, hint=hint)  # fmt: skip
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    import torch
+
+    return [(name, tensor) for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)]
+
+
+def _moved(before: Tensor | None, now: Tensor) -> bool:
+    return before is not None and not _same_bits(before, now)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal in shape and in every value; NaN equals NaN."""
+    import torch
+
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())

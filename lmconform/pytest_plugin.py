@@ -1,0 +1,321 @@
+"""The pytest front end: `pytest --lm SPEC`, and `@lmconform.parametrize_with_checks([...])`.
+
+Without `--lm` it adds nothing to a run. Importing it imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lmconform import __version__
+from lmconform.expected import ExpectedError
+from lmconform.options import NAMES, OptionError, Options, make_options, read_ini
+from lmconform.registry import Check, UnknownCheck
+from lmconform.results import EXECUTED, FINDINGS, Report, Result, Status, tally, write_whole
+
+if TYPE_CHECKING:
+    from lmconform.session import Session
+
+BAD_USAGE = (OptionError, UnknownCheck, ExpectedError)
+MARKERS = {
+    "smoke": "a check of lmconform's smoke profile: the quickest",
+    "default": "a check of lmconform's default profile that smoke leaves out",
+    "thorough": "a check that only lmconform's thorough profile runs",
+}
+
+
+class ConformanceWarning(UserWarning):
+    """A check warned: a trap that the library documents, or a convention that others do not share."""
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lmconform", "conformance of causal language models")
+    group.addoption(
+        "--lm", metavar="SPEC", action="append", default=[], dest="lm",
+        help="check this model: a directory, file.py:attr, transformers:TYPE, pkg.mod:attr or a hub id; repeatable",
+    )  # fmt: skip
+    for name, option in NAMES.items():
+        flag = "--lm-" + name.replace("_", "-")
+        if name == "known":
+            group.addoption(
+                "--lm-no-known", dest="lm_known", action="store_const", const=False, default=None,
+                help="leave out the known deviations of transformers",
+            )  # fmt: skip
+        elif option.type == "bool":
+            group.addoption(
+                flag, dest=f"lm_{name}", action="store_const", const=True, default=None, help=option.metadata["help"]
+            )
+        else:
+            several = str(option.type).startswith("tuple")
+            group.addoption(
+                flag, dest=f"lm_{name}", default=None, action="append" if several else "store",
+                metavar=option.metadata["metavar"] or name.upper(), choices=option.metadata.get("choices"),
+                type=_kind(str(option.type)), help=option.metadata["help"],
+            )  # fmt: skip
+
+
+def _kind(annotation: str) -> type:
+    return {"int": int, "float": float}.get(annotation.split(" ")[0], str)
+
+
+def _options(config: pytest.Config) -> Options:
+    """`[tool.lmconform]` under the command line."""
+    values = read_ini(config.rootpath)
+    for name in NAMES:
+        given = config.getoption(f"lm_{name}")
+        if given is not None:
+            values[name] = given
+    return make_options(values)
+
+
+# -- a run with --lm -------------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    if config.getoption("lm"):
+        try:
+            options = _options(config)
+        except BAD_USAGE as error:
+            raise pytest.UsageError(f"lmconform: {error}") from error
+        config.pluginmanager.register(Conformance(config, options), "lmconform-run")
+
+
+class Conformance:
+    """The hooks of a run that was given `--lm`."""
+
+    def __init__(self, config: pytest.Config, options: Options) -> None:
+        self.config = config
+        self.options = options
+        self.specs: list[str] = list(dict.fromkeys(config.getoption("lm")))
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def pytest_report_header(self) -> str:
+        options = self.options
+        return (
+            f"lmconform {__version__}: {', '.join(self.specs)} "
+            f"(profile {options.profile}, {options.device}, seed {options.seed})"
+        )
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Generator[None, object, object]:
+        source = pytest.Config.ArgsSource
+        if self.config.args_source in (source.INVOCATION_DIR, source.TESTPATHS):
+            self.config.args = []  # no file was named: only the subjects are wanted
+        return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
+        items.extend(session.genitems(Subjects.from_parent(session, name="lm", nodeid="lm", run=self)))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        entry = getattr(report, "lmconform", None)
+        if entry is not None:
+            run = self.results.setdefault(entry["spec"], {"meta": entry["meta"], "results": []})
+            run["results"].append(entry["result"])
+
+    def reports(self) -> list[Report]:
+        """One Report a subject, from what all workers sent."""
+        return [
+            Report(**run["meta"], results=[Result.from_dict(result) for result in run["results"]])
+            for run in self.results.values()
+        ]
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        reports = self.reports()
+        if not reports:
+            return
+        terminalreporter.section("lmconform")
+        for report in reports:
+            verdict = "conforms" if report.ok else "does not conform"
+            if not any(result.status in EXECUTED for result in report.results):
+                verdict = "nothing was checked"
+            terminalreporter.write_line(f"{report.subject} {verdict}: {tally(report.counts)}")
+            for cause in report.causes:
+                terminalreporter.write_line(f"  {cause.score:.2f} {cause.id}: {cause.summary}")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workerinput"):
+            return
+        reports = self.reports()
+        nothing = [r.subject for r in reports if not any(result.status in EXECUTED for result in r.results)]
+        if nothing and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self.options.json and reports:
+            data = [report.to_dict() for report in reports]
+            write_whole(self.options.json, json.dumps(data[0] if len(data) == 1 else data, indent=2) + "\n")
+        if self.options.html and reports:
+            from lmconform.report.html import render
+
+            write_whole(self.options.html, render(reports))
+
+
+class Subjects(pytest.Collector):
+    """All subjects of the run; their checks are its items, `subject-check`."""
+
+    def __init__(self, *, run: Conformance, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.run = run
+
+    def collect(self) -> Iterator[pytest.Item]:
+        from lmconform.subject import BuildError
+
+        taken: set[str] = set()
+        for spec in self.run.specs:
+            try:
+                handle = SubjectHandle(spec, self.run.options)
+            except (*BAD_USAGE, BuildError) as error:
+                raise pytest.UsageError(f"lmconform: {error}") from error
+            name = handle.name if handle.name not in taken else spec
+            taken.add(name)
+            for check in handle.session.checks:
+                item = ConformanceItem.from_parent(self, name=f"{name}-{check.id}", handle=handle, check=check)
+                item.add_marker(getattr(pytest.mark, check.profile))
+                yield item
+
+
+class ConformanceItem(pytest.Item):
+    """One check on one subject."""
+
+    def __init__(self, *, handle: SubjectHandle, check: Check, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.handle = handle
+        self.check = check
+        self.entry: dict[str, Any] | None = None
+
+    def runtest(self) -> None:
+        result = self.handle.run(self.check)
+        self.entry = {"spec": self.handle.spec, "meta": self.handle.meta(), "result": result.to_dict()}
+        for key in ("id", "status", "severity", "measured", "allowed", "margin", "where", "repro"):
+            value = getattr(result, key)
+            if value not in (None, ""):
+                self.user_properties.append((f"lmconform_{key}", str(value)))
+        settle(result, strict=self.handle.options.strict)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(excinfo.value, pytest.fail.Exception):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, *args, **kwargs)
+
+    def reportinfo(self) -> tuple[str, int | None, str]:
+        return str(self.config.rootpath / "lm"), None, self.name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if isinstance(item, ConformanceItem) and call.when == "call" and item.entry is not None:
+        report.lmconform = item.entry  # type: ignore[attr-defined]
+    return report
+
+
+# -- both ways in ----------------------------------------------------------------------------------------------------
+
+
+class SubjectHandle:
+    """A subject that is built when its first check runs, once in a process; what went wrong then is told once."""
+
+    def __init__(self, subject: Any, options: Options) -> None:
+        from lmconform.session import Session
+
+        self.options = options
+        self.session: Session = Session(subject, options, announce=lambda text: warnings.warn(text, stacklevel=2))
+        self.spec = self.session.subject.spec
+        self.name = self.session.name
+        self._broken: str | None = None
+        self._started: float | None = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def run(self, check: Check) -> Result:
+        """The result of one check. A subject that cannot be built fails once and blocks the rest."""
+        from lmconform.subject import BuildError
+
+        if self._started is None:
+            self._started = time.monotonic()
+        spent = time.monotonic() - self._started
+        budget = self.options.time_budget
+        if budget is not None and spent > budget:
+            text = f"the time budget of {budget:g} s was spent after {spent:.1f} s"
+            return Result(check.id, check.family, check.severity, Status.not_run, message=text)
+        if self._broken is not None:
+            return Result(check.id, check.family, check.severity, Status.blocked, message=self._broken)
+        try:
+            return self.session.run(check)
+        except BuildError as error:
+            self._broken = f"blocked: {self.name} could not be built"
+            text = f"the subject could not be built: {error}"
+            return Result(check.id, check.family, check.severity, Status.error, message=text)
+
+    def meta(self) -> dict[str, Any]:
+        """What a Report says beside its results."""
+        report = self.session.report([]).to_dict()
+        keys = ("subject", "profile", "device", "dtype", "seed", "versions", "notes", "strict")
+        return {key: report[key] for key in keys}
+
+
+def settle(result: Result, *, strict: bool) -> None:
+    """Turn a Result into pytest's own outcomes."""
+    text = f"{result.id}: {result.message}"
+    if result.repro:
+        text += f"\nreproduce: {result.repro}"
+    if result.status in FINDINGS or (strict and result.status == Status.warned):
+        pytest.fail(text, pytrace=False)
+    if result.status == Status.warned:
+        warnings.warn(ConformanceWarning(text), stacklevel=2)
+    if result.status in (Status.not_applicable, Status.blocked):
+        pytest.skip(result.message)
+    if result.status == Status.xfailed:
+        pytest.xfail(result.message.splitlines()[0])
+
+
+class BoundCheck:
+    """What `@parametrize_with_checks` passes as `check`: call it with `subject`."""
+
+    def __init__(self, check: Check) -> None:
+        self.check = check
+
+    def __repr__(self) -> str:
+        return self.check.id
+
+    def __call__(self, subject: SubjectHandle) -> None:
+        """Run the check; fails, skips, warns or xfails as its Result says."""
+        settle(subject.run(self.check), strict=subject.options.strict)
+
+
+def parametrize_with_checks(subjects: Iterable[Any], **options: Any) -> pytest.MarkDecorator:
+    """Parametrise a test over every check of every subject.
+
+    `subjects` are SPECs, modules, builders or Subjects; `options` are those of `check_model`. Nothing is built before
+    the first check of a subject runs.
+
+        @lmconform.parametrize_with_checks([build_model])
+        def test_conformance(subject, check):
+            check(subject)
+    """
+    chosen = make_options(options)
+    if isinstance(subjects, str) or not isinstance(subjects, Iterable):
+        raise TypeError("parametrize_with_checks wants a list of subjects, as in parametrize_with_checks([build])")
+    return pytest.mark.parametrize(("subject", "check"), list(_parameters(list(subjects), chosen)))
+
+
+def _parameters(subjects: Sequence[Any], options: Options) -> Iterator[Any]:
+    for subject in subjects:
+        handle = SubjectHandle(subject, options)
+        for check in handle.session.checks:
+            mark = getattr(pytest.mark, check.profile)
+            yield pytest.param(handle, BoundCheck(check), id=f"{handle.name}-{check.id}", marks=mark)
