@@ -7,6 +7,7 @@ call on a few tokens.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -282,5 +283,7 @@ def expect_logits(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor
 
 def first_line(error: BaseException) -> str:
     """An exception's first line, at most 200 characters."""
+    if refused := re.search(r"tried to allocate (\d+) bytes", str(error)):
+        return f"out of memory: tried to allocate {int(refused[1]) / 2**30:.1f} GiB at once"
     text = str(error).strip().splitlines()
     return (text[0] if text else "(no message)")[:200]

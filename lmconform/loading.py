@@ -78,7 +78,7 @@ def _import_file(path: str) -> ModuleType:
 
 
 def _import_module(name: str, spec: str) -> ModuleType:
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # the console script leaves the current directory out
+    if sys.path[:1] not in ([""], [str(Path.cwd())]):  # the console script leaves the current directory out
         sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)
@@ -136,15 +136,28 @@ def _checkpoint(place: str, trust_remote_code: bool, name: str) -> Subject:
         from transformers import AutoModelForCausalLM
 
         # a checkpoint of an older kind holds pickles: they are read with weights_only, never run
-        return AutoModelForCausalLM.from_pretrained(
-            place, trust_remote_code=trust_remote_code, weights_only=True, dtype="auto"
-        )
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                place, trust_remote_code=trust_remote_code, weights_only=True, dtype="auto"
+            )
+        except Exception as error:
+            raise BuildError(
+                f"{place}: loading the checkpoint raised {type(error).__name__}: {first_line(error)}"
+                + _meant_type(place)
+            ) from error
 
     def build_with_tokenizer() -> Any:
         model = build()
         return model, _tokenizer(place, trust_remote_code)
 
     return Subject(build_with_tokenizer, name=name)
+
+
+def _meant_type(place: str) -> str:
+    """A hint for `llama` where `transformers:llama` was meant."""
+    from lmconform import shrinking
+
+    return f"; did you mean transformers:{place}?" if place in shrinking.causal_types() else ""
 
 
 def _tokenizer(place: str, trust_remote_code: bool) -> Any | None:

@@ -93,8 +93,12 @@ def read_ini(folder: Path) -> dict[str, Any]:
             raise OptionError(f"{file}: [tool.lmconform] has no option {key!r}{_suggest(name, NAMES)}")
         annotation = str(NAMES[name].type)
         kind = next((k for prefix, k in kinds.items() if annotation.startswith(prefix)), None)
-        if kind is not None and not isinstance(value, kind):
-            raise OptionError(f"{file}: [tool.lmconform] {key} = {value!r} is no {annotation.split(' ')[0]}")
+        wrong = kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool))
+        if annotation.startswith("tuple") and not isinstance(value, str):
+            wrong = not isinstance(value, list) or not all(isinstance(item, str) for item in value)
+            annotation = "string or list of strings"
+        if wrong:
+            raise OptionError(f"{file}: [tool.lmconform] {key} = {value!r} is no {annotation.removesuffix(' | None')}")
         if name == "expected":
             table[key] = str(folder / value)
     return {key.replace("-", "_"): value for key, value in table.items()}

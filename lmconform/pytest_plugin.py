@@ -98,6 +98,7 @@ class Conformance:
         self.config = config
         self.options = options
         self.specs: list[str] = list(dict.fromkeys(config.getoption("lm")))
+        self.handles: list[SubjectHandle] = []
         self.results: dict[str, dict[str, Any]] = {}
 
     def pytest_report_header(self) -> str:
@@ -112,11 +113,27 @@ class Conformance:
         source = pytest.Config.ArgsSource
         if self.config.args_source in (source.INVOCATION_DIR, source.TESTPATHS):
             self.config.args = []  # no file was named: only the subjects are wanted
+        self.handles = list(self._handles())
         return (yield)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
         items.extend(session.genitems(Subjects.from_parent(session, name="lm", nodeid="lm", run=self)))
+
+    def _handles(self) -> Iterator[SubjectHandle]:
+        """The subjects, names made distinct. Raises UsageError before anything is collected."""
+        from lmconform.subject import BuildError
+
+        taken: set[str] = set()
+        for spec in self.specs:
+            try:
+                handle = SubjectHandle(spec, self.options)
+            except (*BAD_USAGE, BuildError) as error:
+                raise pytest.UsageError(f"lmconform: {error}") from error
+            if handle.name in taken:
+                handle.name = spec
+            taken.add(handle.name)
+            yield handle
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         entry = getattr(report, "lmconform", None)
@@ -169,18 +186,9 @@ class Subjects(pytest.Collector):
         self.run = run
 
     def collect(self) -> Iterator[pytest.Item]:
-        from lmconform.subject import BuildError
-
-        taken: set[str] = set()
-        for spec in self.run.specs:
-            try:
-                handle = SubjectHandle(spec, self.run.options)
-            except (*BAD_USAGE, BuildError) as error:
-                raise pytest.UsageError(f"lmconform: {error}") from error
-            name = handle.name if handle.name not in taken else spec
-            taken.add(name)
+        for handle in self.run.handles:
             for check in handle.session.checks:
-                item = ConformanceItem.from_parent(self, name=f"{name}-{check.id}", handle=handle, check=check)
+                item = ConformanceItem.from_parent(self, name=f"{handle.name}-{check.id}", handle=handle, check=check)
                 item.add_marker(getattr(pytest.mark, check.profile))
                 yield item
 
@@ -209,7 +217,8 @@ class ConformanceItem(pytest.Item):
         return super().repr_failure(excinfo, *args, **kwargs)
 
     def reportinfo(self) -> tuple[str, int | None, str]:
-        return str(self.config.rootpath / "lm"), None, self.name
+        # not the item's own name: pytest would write the dot of an id as "::"
+        return str(self.config.rootpath / "lm"), None, f"{self.handle.name} {self.check.id}"
 
 
 @pytest.hookimpl(wrapper=True)

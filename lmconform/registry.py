@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 CheckFunction = Callable[["Specimen", "Context"], None]
 
 PROFILES = ("smoke", "default", "thorough")
+FAMILIES = (
+    "contract", "causality", "batching", "padding", "positions", "cache", "embeds", "generation", "loss", "gradients",
+    "init", "scale", "parity", "persistence", "placement", "precision", "training", "collapse", "tokenizer", "config",
+    "distributed", "peft",
+)  # fmt: skip
 CAPABILITIES = {
     "mask": "attention_mask",
     "pos": "position_ids",
@@ -120,7 +125,12 @@ def all_checks() -> dict[str, Check]:
         for module in pkgutil.iter_modules(lmconform.checks.__path__):
             importlib.import_module(f"lmconform.checks.{module.name}")
         _loaded = True
-    return dict(_checks)
+    # registration order within a family; families that a later one builds on come first
+    return dict(sorted(_checks.items(), key=lambda item: _family_rank(item[1].family)))
+
+
+def _family_rank(family: str) -> int:
+    return FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
 
 
 def get_check(id: str) -> Check:

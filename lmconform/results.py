@@ -164,7 +164,9 @@ class Report:
 
 
 def jsonable(value: Any) -> Any:
-    """JSON has no NaN or infinity: such numbers become the strings "nan", "inf", "-inf"."""
+    """Plain types only. JSON has no NaN or infinity: such numbers become the strings "nan", "inf", "-inf"."""
+    if isinstance(value, StrEnum):
+        return value.value
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lmconform import tolerance
 from lmconform.cases import Case
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 CHECK_TIMEOUT = 120.0  # seconds after which a single check counts as hanging
 SHRINK_SECONDS = 4.0
+PACKAGE = str(Path(__file__).parent) + "/"
 
 
 class Hang(BaseException):
@@ -42,6 +45,7 @@ class Runner:
     shrink: bool = True
     timeout: float = CHECK_TIMEOUT
     options: str = ""
+    started: Callable[[str], None] = lambda id: None  # told each check, prerequisites too, whenever its clock starts
     _results: dict[str, Result] = field(default_factory=dict)
 
     def run(self, check: Check) -> Result:
@@ -53,14 +57,21 @@ class Runner:
             self._results[check.id] = result
         return self._results[check.id]
 
+    def remember(self, result: Result) -> None:
+        """Take over what is known already: the process was started anew after a crash."""
+        self._results[result.id] = result
+
     def _decide(self, check: Check) -> Result:
         for id in check.requires:
             if id == check.id:
                 continue
             prerequisite = self.run(get_check(id))
             if prerequisite.status in (Status.failed, Status.error, Status.blocked):
-                root = prerequisite.where if prerequisite.status == Status.blocked else id
-                return self._result(check, Status.blocked, f"blocked by {root}", where=root)
+                if prerequisite.status == Status.blocked:
+                    return self._result(check, Status.blocked, prerequisite.message, where=prerequisite.where)
+                why = prerequisite.message.partition("\n")[0]
+                return self._result(check, Status.blocked, f"blocked by {id}: {why}", where=id)
+        self.started(check.id)
         for need in check.needs:
             capability = self.subject.can(need)
             if not capability:
@@ -76,10 +87,9 @@ class Runner:
                     violation = search(check, self.subject, seed=self.seed, seconds=self.timeout / 4, examples=100)
         except Unavailable as reason:
             return self._result(check, Status.not_applicable, str(reason))
-        except Hang:
-            return self._result(
-                check, Status.error, f"did not end within {self.timeout:.0f} s and was stopped", context.case
-            )
+        except Hang as hang:
+            text = f"did not end within {self.timeout:g} s and was stopped{_origin(hang)}"
+            return self._result(check, Status.error, text, context.case)
         except RecursionError:
             return self._result(check, Status.error, "the model recursed without end", context.case)
         except MemoryError:
@@ -91,6 +101,7 @@ class Runner:
             return self._result(check, Status.error, text, context.case)
         if violation is None:
             return self._green(check, context)
+        self.started(check.id)
         try:
             with _time_limit(self.timeout), _quiet(self.seed):
                 return self._red(check, context, violation)
@@ -164,11 +175,7 @@ class Runner:
 
     def repro(self, check: Check, case: Case | None) -> str:
         """The command that shows this finding again."""
-        spec = self.subject.spec
-        parts = ["lmconform check", _quoted(spec), "--select", check.id, "--seed", str(self.seed)]
-        if case:
-            parts += ["--case", _quoted(str(case))]
-        return " ".join(filter(None, [*parts, self.options]))
+        return reproduction(self.subject.spec, check.id, self.seed, str(case) if case else "", self.options)
 
     def _context(self, check: Check, subject: Specimen) -> Context:
         cases = (self.case,) if self.case is not None else ()
@@ -184,7 +191,31 @@ def _attempt(check: Check, subject: Specimen, context: Context) -> Violation | N
     return None
 
 
-def run_all(runner: Runner, checks: Sequence[Check], *, budget: float | None = None) -> Iterator[Result]:
+def reproduction(spec: str, id: str, seed: int, case: str = "", options: str = "") -> str:
+    """The command that runs one check on a subject again."""
+    parts = ["lmconform check", shlex.quote(spec), "--select", id, "--seed", str(seed)]
+    if case:
+        parts += ["--case", shlex.quote(case)]
+    return " ".join(filter(None, [*parts, options]))
+
+
+class Named(Protocol):
+    """A check, or what is known of it in a process that has not imported it."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def severity(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def run_all(run: Callable[[N], Result], checks: Sequence[N], *, budget: float | None = None) -> Iterator[Result]:
     """Results in order; checks that no longer fit into `budget` seconds are `not_run`, by name."""
     started = time.monotonic()
     for check in checks:
@@ -195,7 +226,7 @@ def run_all(runner: Runner, checks: Sequence[Check], *, budget: float | None = N
                 message=f"the time budget of {budget:g} s was spent after {spent:.1f} s",
             )  # fmt: skip
         else:
-            result = runner.run(check)
+            result = run(check)
         yield result
 
 
@@ -246,19 +277,13 @@ def _origin(error: BaseException) -> str:
     last = None
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "/lmconform/" not in name and "/torch/" not in name:
+        if not name.startswith(PACKAGE) and "/torch/" not in name:
             last = trace
         trace = trace.tb_next
     if last is None:
         return ""
     code = last.tb_frame.f_code
     return f" (at {code.co_filename.rsplit('/', 1)[-1]}:{last.tb_lineno}, in {code.co_name})"
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
 
 
 def _name(dtype: Any) -> str:

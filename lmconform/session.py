@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from lmconform import __version__
 from lmconform.cases import Case, parse_case
 from lmconform.expected import Expectation, apply, known_deviations, read_expected
 from lmconform.loading import import_first
@@ -31,29 +32,19 @@ class Session:
         self.options = options
         self.notes: list[str] = []
         self._announce = announce
+        for module in options.import_:  # may register checks, too
+            import_first(module)
         self.checks: list[Check] = select_checks(options.profile, options.select, options.deselect)
-        self.case = self._case()
+        self.case = chosen_case(options, self.checks)
         self.expectations: list[Expectation] = read_expected(options.expected) if options.expected else []
         if options.known:
             self.expectations += known_deviations()
-        for module in options.import_:
-            import_first(module)
         self.subject: Subject = as_subject(subject, trust_remote_code=options.trust_remote_code)
         self._runner: Runner | None = None
 
     @property
     def name(self) -> str:
         return self.subject.name
-
-    def _case(self) -> Case | None:
-        if self.options.case is None:
-            return None
-        if len(self.checks) != 1:
-            raise OptionError(f"--case goes with one selected check, and {len(self.checks)} are selected")
-        try:
-            return parse_case(self.options.case, self.checks[0].space or {})
-        except ValueError as error:
-            raise OptionError(f"--case {self.options.case} for {self.checks[0].id}: {error}") from error
 
     def announce(self, text: str) -> None:
         """Something the user should hear before it happens (memory) and find in the report."""
@@ -75,7 +66,7 @@ class Session:
                 seed=options.seed,
                 case=self.case,
                 timeout=options.timeout,
-                options=_repeated(options),
+                options=repeated(options),
             )
         return self._runner
 
@@ -112,8 +103,8 @@ class Session:
 
     def results(self) -> Iterator[Result]:
         """All results in order, within the time budget."""
-        for result in run_all(self.open(), self.checks, budget=self.options.time_budget):
-            yield self._judge(result)
+        self.open()
+        yield from run_all(self.run, self.checks, budget=self.options.time_budget)
 
     def report(self, results: list[Result]) -> Report:
         """The Report of these results."""
@@ -130,10 +121,22 @@ class Session:
         )
 
 
+def chosen_case(options: Options, checks: Sequence[Check]) -> Case | None:
+    """The case that `--case` names. Raises OptionError where it fits no one check."""
+    if options.case is None:
+        return None
+    if len(checks) != 1:
+        raise OptionError(f"--case goes with one selected check, and {len(checks)} are selected")
+    try:
+        return parse_case(options.case, checks[0].space or {})
+    except ValueError as error:
+        raise OptionError(f"--case {options.case} for {checks[0].id}: {error}") from error
+
+
 def versions() -> dict[str, str]:
     """What the verdict depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("lmconform", "torch", "transformers", "numpy", "hypothesis"):
+    found = {"python": platform.python_version(), "lmconform": __version__}
+    for name in ("torch", "transformers", "numpy", "hypothesis"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -141,7 +144,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _repeated(options: Options) -> str:
+def repeated(options: Options) -> str:
     """The options a reproduction needs beside the check, the seed and the case."""
     parts: list[str] = []
     if options.as_loaded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmconform import capabilities, structure, tolerance
@@ -298,7 +299,17 @@ def random_ids(ordinary: list[int], batch: int, time: int, generator: torch.Gene
 
 
 def available_memory() -> int:
-    """Bytes of memory that can still be had, as the system estimates it."""
+    """Bytes of memory that can still be had, as the system estimates it, within the container's limit."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(counted.get("inactive_file", 0))
+            free = min(free, max(0, int(limit) - used))
+    except FileNotFoundError:  # no cgroup of version 2, or its root, which has no limit
+        pass
+    return free

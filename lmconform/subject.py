@@ -94,6 +94,8 @@ class Subject:
             convention, vocab_size = find_convention(module, ids, self.call)
         except ConventionError as error:
             raise BuildError(f"{self.name}: {error}") from error
+        except SystemExit as error:
+            raise BuildError(f"{self.name}: forward() called sys.exit({error.code!r})") from error
         return Specimen(
             module,
             convention,
@@ -122,6 +124,8 @@ class Subject:
             raise BuildError(f"{self.name}: the builder called sys.exit({error.code!r})") from error
         except MemoryError as error:
             raise BuildError(f"{self.name}: the builder ran out of memory") from error
+        except BuildError:
+            raise
         except Exception as error:
             raise BuildError(
                 f"{self.name}: the builder raised {type(error).__name__}: {first_line(error)}{_raised_at(error)}"

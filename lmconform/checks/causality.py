@@ -1,0 +1,400 @@
+"""causality: the logits at t depend on the tokens up to t, and on nothing after."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from lmconform import structure, tolerance
+from lmconform.cases import Choice, Span
+from lmconform.checks.padding import mask_for
+from lmconform.registry import register_check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmconform.cases import Case
+    from lmconform.context import Context
+    from lmconform.specimen import Specimen
+
+COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")
+SLACK = 3  # padding columns in the padded variants
+AXES = ("tokens changed after position", "seen at position", "token")
+RANDOM_IN_TRAINING = re.compile(r"drop|jitter", re.IGNORECASE)
+
+_scaled: weakref.WeakKeyDictionary[Specimen, dict[int, Specimen]] = weakref.WeakKeyDictionary()
+
+
+def futures(ids: Tensor, other: Tensor) -> Tensor:
+    """[1, time] twice -> [time, time]: row t keeps the tokens up to t; after t they are the other ones."""
+    import torch
+
+    time = ids.shape[1]
+    kept = torch.ones(time, time, dtype=torch.bool, device=ids.device).tril()
+    return torch.where(kept, ids, other)
+
+
+def pads(mask: Tensor | None, side: str) -> None:
+    """Blank the first (left) or last (right) columns of `mask` in place; other kinds of mask stay full."""
+    if mask is not None and side == "left":
+        mask[:, :SLACK] = 0
+    elif mask is not None and side == "right":
+        mask[:, -SLACK:] = 0
+
+
+def mask_of(kind: str, rows: int, time: int, like: Tensor) -> Tensor | None:
+    """The mask [rows, time] of that kind: none, ones, left (-padded) or right."""
+    if kind == "none":
+        return None
+    mask = like.new_ones(rows, time)
+    if time > SLACK:
+        pads(mask, kind)
+    return mask
+
+
+def watched(time: int, mask: Tensor | None, device: Any) -> Tensor:
+    """[t, position]: the places that must not change, real tokens up to t."""
+    import torch
+
+    kept = torch.ones(time, time, dtype=torch.bool, device=device).tril()
+    return kept if mask is None else kept & mask[:, -time:].bool()
+
+
+def hint_from(moved: Tensor, layers: int) -> str:
+    """The likeliest kind of leak, read off the shape of `moved` [t, position]: where the future was seen."""
+    rows = moved[:-1]  # nothing comes after the last t
+    leaking = rows.any(dim=1)
+    count = int(leaking.sum())
+    if count == 0:
+        return ""
+    first = rows[leaking].int().argmax(dim=1)
+    reach = int((leaking.nonzero().flatten() - first).max()) + 1
+    if count < len(rows):
+        starts = leaking.nonzero().flatten()
+        if int(starts[0]) >= 8 and count >= len(rows) - int(starts[0]):
+            return (
+                f"the leak starts at position {int(starts[0])}: look for a mask buffer, block size or fast path of "
+                "that length"
+            )
+        return (
+            f"only {count} of {len(rows)} positions see the future, so the mask is right in part: look for a mask in "
+            "blocks (padded up to a block, or tril inside chunks), one branch, or one head"
+        )
+    if reach <= layers:
+        return (
+            "every position sees about one token ahead in each layer: the diagonal of the causal mask is off by one "
+            "(tril(diagonal=1), triu(diagonal=2), > for >=), or targets are mixed into the inputs"
+        )
+    return (
+        "every position sees the whole future: the causal mask is missing, inverted or never added to the scores "
+        "(is_causal=True forgotten), or something averages over time"
+    )
+
+
+@register_check(
+    "causality.no_future_leak",
+    holds="changing the tokens after t leaves the logits up to t alone, for every t, mask and size of the weights",
+    profile="smoke",
+    requires=COMPARES_LOGITS,
+    space={"time": Span(2, 70), "mask": Choice("none", "ones", "left", "right"), "weights": Choice(1, 50)},
+    grid=(
+        {"time": 70, "mask": "none", "weights": 1},
+        {"time": 36, "mask": "ones", "weights": 1},
+        {"time": 40, "mask": "left", "weights": 1},
+        {"time": 40, "mask": "right", "weights": 1},
+        {"time": 36, "mask": "none", "weights": 50},
+        {"time": 36, "mask": "ones", "weights": 50},
+        {"time": 36, "mask": "left", "weights": 50},
+        {"time": 36, "mask": "right", "weights": 50},
+    ),
+)
+def check_no_future_leak(subject: Specimen, ctx: Context) -> None:
+    """One batch whose row t has other tokens after t; every row is compared with the unchanged one up to its t.
+
+    Each t is tried, because a leak of one token shows only in the row that changes this token, and lengths cross 8,
+    16, 32 and 64, the block sizes of kernels. Masks: none, all ones (two code paths in most models), left and right
+    padding. With all matrices 50 times as large the scores are in the thousands: a mask that adds -1e4 instead of
+    removing the score leaks there.
+    """
+    for case in ctx.cases():
+        if case.mask != "none" and not subject.can("mask"):
+            continue
+        specimen = subject if case.weights == 1 else heavier(subject, case.weights, ctx)
+        if specimen is None:
+            continue
+        compare_futures(specimen, ctx, case, subject)
+
+
+def heavier(subject: Specimen, factor: int, ctx: Context) -> Specimen | None:
+    """A copy with larger matrices, made once a subject; None where its logits overflow (noted)."""
+    made = _scaled.setdefault(subject, {})
+    if factor not in made:
+        made[factor] = subject.scaled(float(factor))
+    if made[factor].noise != made[factor].noise:
+        ctx.note(f"not tried with weights x{factor}: the logits are not finite there")
+        return None
+    return made[factor]
+
+
+def compare_futures(specimen: Specimen, ctx: Context, case: Case, subject: Specimen) -> None:
+    import torch
+
+    time = subject.longest(case.time)
+    ids = ctx.ids(1, time)
+    rows = futures(ids, ctx.other_ids(ids))
+    mask = mask_of(case.mask, time, time, ids)
+    logits = specimen.logits(rows, mask=mask)
+    expected = logits[-1:].expand_as(logits)
+    compared = watched(time, mask, ids.device)
+    actual = torch.where(compared[..., None], logits, expected)
+    bound = tolerance.allowed(specimen.noise, expected)
+    moved = ((actual - expected).abs() > bound).any(dim=-1)
+    hint = ""
+    if bool(moved.any()):
+        hint = hint_from(moved, layers_of(subject))
+        if case.weights != 1:
+            light = subject.logits(rows, mask=mask)
+            change = torch.where(compared[..., None], light - light[-1:], 0.0).abs()
+            if float(change.max()) <= tolerance.allowed(subject.noise, light):
+                hint = (
+                    "the mask is soft: it adds a finite number (-5, -1e4) that larger scores outweigh, or it is added "
+                    "before the scores are scaled; use -inf or torch.finfo(dtype).min, after scaling"
+                )
+    ctx.equal(
+        actual,
+        expected,
+        "logits up to t change when only tokens after t change: the model sees the future",
+        where=f"mask {case.mask}, weights x{case.weights}",
+        hint=hint,
+        noise=specimen.noise,
+        axes=AXES,
+    )
+
+
+def layers_of(subject: Specimen) -> int:
+    found = structure.blocks(subject.module)
+    return len(found[1]) if found is not None else 1
+
+
+@register_check(
+    "causality.train_mode",
+    holds="changing the tokens after t leaves the logits up to t alone in train mode too",
+    requires=COMPARES_LOGITS,
+    space={"time": Span(2, 70), "mask": Choice("none", "ones", "left")},
+    grid=({"time": 36, "mask": "none"}, {"time": 20, "mask": "left"}),
+)
+def check_train_mode(subject: Specimen, ctx: Context) -> None:
+    """As no_future_leak, on a copy in train mode with every dropout and jitter set to 0.
+
+    Train mode often has code of its own: another attention kernel, batch statistics, a chunked loss path. Both
+    batches are drawn under one seed, so that what randomness is left is the same in both.
+    """
+    import torch
+
+    copied = without_dropout(subject.copy())
+    for case in ctx.cases():
+        if case.mask != "none" and not subject.can("mask"):
+            continue
+        time = subject.longest(case.time)
+        ids = ctx.ids(1, time)
+        mask = mask_of(case.mask, time, time, ids)
+
+        def train(rows: Tensor, mask: Tensor | None = mask) -> Tensor:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(ctx.seed)
+                return copied.logits(rows, mask=mask, train=True)
+
+        same = ids.expand(time, time).contiguous()
+        expected = train(same)
+        logits = train(futures(ids, ctx.other_ids(ids)))
+        compared = watched(time, mask, ids.device)
+        actual = torch.where(compared[..., None], logits, expected)
+        moved = ((actual - expected).abs() > tolerance.allowed(subject.noise, expected)).any(dim=-1)
+        hint = ""
+        if bool(moved.any()):
+            again = train(same)
+            if not torch.equal(again.nan_to_num(), expected.nan_to_num()):
+                ctx.not_applicable(
+                    "train mode is random beyond every dropout and jitter setting: two runs under one seed differ"
+                )
+            hint = train_hint(copied) or (
+                "the branch for training has another mask (is_causal or the mask is only set in eval), or mixes over "
+                "time; in detail: " + hint_from(moved, layers_of(subject))
+            )
+        ctx.equal(
+            actual,
+            expected,
+            "in train mode, logits up to t change when only tokens after t change",
+            where=f"mask {case.mask}",
+            hint=hint,
+            axes=AXES,
+        )
+
+
+def train_hint(subject: Specimen) -> str:
+    """A named suspect: a layer that takes statistics over the batch and time while training."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for name, part in subject.module.named_modules():
+        if isinstance(part, _BatchNorm):
+            return (
+                f"{name} is {type(part).__name__}: in train mode its statistics run over batch and time, so every "
+                "position sees all tokens; use LayerNorm or RMSNorm"
+            )
+    return ""
+
+
+def without_dropout(copied: Specimen) -> Specimen:
+    """Set every dropout probability and router jitter of that copy to 0: modules, their attributes, their configs."""
+    from torch import nn
+
+    holders: dict[int, Any] = {}
+    for part in copied.module.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        for holder in (part, getattr(part, "config", None), structure.config_of(part)):
+            if holder is not None and hasattr(holder, "__dict__"):
+                holders[id(holder)] = holder
+    for holder in holders.values():
+        for name, value in list(vars(holder).items()):
+            if RANDOM_IN_TRAINING.search(name) and isinstance(value, float) and value > 0:
+                with contextlib.suppress(AttributeError):  # a frozen config keeps its value; its modules were set
+                    setattr(holder, name, 0.0)
+    return copied
+
+
+@register_check(
+    "causality.cached_chunk",
+    holds="inside a chunk fed on top of a cache, changing the tokens after t leaves the logits up to t alone",
+    needs=("cache",),
+    requires=COMPARES_LOGITS,
+    space={"prefix": Span(1, 40), "chunk": Span(2, 40), "mask": Choice("none", "ones", "left")},
+    grid=(
+        {"prefix": 5, "chunk": 20, "mask": "none"},
+        {"prefix": 33, "chunk": 12, "mask": "ones"},
+        {"prefix": 9, "chunk": 12, "mask": "left"},
+    ),
+)
+def check_cached_chunk(subject: Specimen, ctx: Context) -> None:
+    """A prefix fills the cache, then a chunk of several tokens goes on top, with other tokens after t in row t.
+
+    The causal mask of a chunk is [chunk, prefix + chunk], aligned at its end. torch's is_causal=True aligns it at
+    its beginning, and models that skip the mask because "decoding is one token" have none at all.
+    """
+    import torch
+
+    for case in ctx.cases():
+        if case.mask != "none" and not subject.can("mask"):
+            continue
+        total = subject.longest(case.prefix + case.chunk)
+        prefix = min(case.prefix, total - 2)
+        if prefix < 1:
+            ctx.not_applicable(f"needs 3 tokens; the context is {total}")
+        chunk = total - prefix
+        ids = ctx.ids(1, total)
+        rows = futures(ids[:, prefix:], ctx.other_ids(ids[:, prefix:]))
+        mask = mask_of(case.mask, chunk, total, ids)
+        if mask is not None and case.mask == "left" and prefix <= SLACK:
+            mask[:] = 1
+        begun = subject.forward(
+            ids[:, :prefix].expand(chunk, prefix).contiguous(),
+            mask=None if mask is None else mask[:, :prefix],
+            use_cache=True,
+        )
+        if begun.cache is None:
+            ctx.not_applicable("use_cache=True gave no cache back for a prefix")
+        chunk_mask = None if mask is None else mask_for(subject, mask, chunk)
+        logits = subject.forward(rows, mask=chunk_mask, cache=begun.cache, use_cache=True).logits
+        expected = logits[-1:].expand_as(logits)
+        compared = watched(chunk, None, ids.device)
+        actual = torch.where(compared[..., None], logits, expected)
+        moved = ((actual - expected).abs() > tolerance.allowed(subject.noise, expected)).any(dim=-1)
+        hint = ""
+        if bool(moved.any()):
+            hint = (
+                "the causal mask of a chunk on top of a cache is missing or shifted: queries stand at past + i, so it "
+                "is tril(diagonal=past) of [chunk, past + chunk]; the mask must not be left out because a cache is "
+                "there"
+            )
+        ctx.equal(
+            actual,
+            expected,
+            "in a chunk fed on top of a cache, logits up to t change when only tokens after t change",
+            where=f"prefix {prefix}, chunk {chunk}, mask {case.mask}",
+            hint=hint,
+            axes=("chunk tokens changed after position", "seen at chunk position", "token"),
+        )
+
+
+@register_check(
+    "causality.gradient",
+    holds="d logits[t] / d embedding[s] is exactly 0 for s > t, and not 0 for s <= t inside the receptive field",
+    needs=("embeds",),
+    requires=COMPARES_LOGITS,
+    space={"time": Span(1, 70), "mask": Choice("none", "ones")},
+    grid=({"time": 36, "mask": "none"}, {"time": 20, "mask": "ones"}),
+)
+def check_gradient(subject: Specimen, ctx: Context) -> None:
+    """One backward pass gives the whole table: row t of the batch asks for a projection of its logits at t.
+
+    Values can hide a dependence that is multiplied by something tiny; a gradient that is not exactly 0 cannot. The
+    other half of the table finds tokens that are never looked at. (Karpathy, "A Recipe for Training Neural
+    Networks", 2019: "use backprop to chart dependencies".)
+    """
+    import torch
+
+    for case in ctx.cases():
+        if case.mask != "none" and not subject.can("mask"):
+            continue
+        time = subject.longest(case.time)
+        with torch.no_grad():
+            embeds = subject.embed(ctx.ids(1, time).expand(time, time).contiguous())
+        embeds = embeds.detach().clone().requires_grad_(True)
+        mask = None if case.mask == "none" else torch.ones(time, time, dtype=torch.int64, device=embeds.device)
+        logits = subject.logits(embeds=embeds, mask=mask, grad=True)
+        if not logits.requires_grad:
+            ctx.fail(
+                "logits carry no gradient back to inputs_embeds",
+                hint="the forward pass detaches: no_grad(), detach(), .data or a round trip through numpy",
+            )
+        steps = torch.arange(time, device=logits.device)
+        projection = torch.randn(logits.shape[-1], generator=ctx.generator(time)).to(logits)
+        asked = (logits[steps, steps] @ projection).sum()
+        (gradient,) = torch.autograd.grad(asked, embeds, allow_unused=True)
+        if gradient is None:
+            ctx.fail(
+                "logits do not depend on inputs_embeds", hint="inputs_embeds is taken by forward() and then ignored"
+            )
+            return
+        table = gradient.abs().amax(dim=-1)  # [t, s]
+        where = f"mask {case.mask}"
+        ahead = table.triu(1)
+        worst = divmod(int(ahead.argmax()), time)
+        ctx.within(
+            float(ahead.max()),
+            0.0,
+            "the gradient of logits[t] with respect to a later embedding[s] is not 0",
+            where=f"{where}, t {worst[0]}, s {worst[1]}",
+            hint="token s > t takes part in computing logits[t]: a soft or missing causal mask, or a layer that mixes "
+            "over time (a norm over the sequence, a convolution padded on both sides)",
+        )
+        field = table.new_ones(time, time, dtype=torch.bool).tril()
+        if subject.window is not None:
+            field &= field.new_ones(time, time).triu(1 - subject.window)
+        unseen = (field & (table == 0)).nonzero()
+        if len(unseen):
+            t, s = unseen[-1].tolist()
+            ctx.fail(
+                f"{len(unseen)} of {int(field.sum())} gradients of logits[t] with respect to embedding[s], s <= t, "
+                "are exactly 0: these tokens cannot influence what comes after them",
+                where=f"{where}, t {t}, s {s}",
+                hint=blind_hint(t, s),
+            )
+
+
+def blind_hint(t: int, s: int) -> str:
+    if t == s:
+        return "a position does not see itself: the diagonal of the mask is off by one (tril(diagonal=-1))"
+    return "the mask is too narrow, attention is saturated or switched off, or the path is detached"

@@ -1,0 +1,320 @@
+"""contract: what a call leaves behind, and what it does with input that is not legal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lmconform import structure
+from lmconform.cases import Choice
+from lmconform.checks.first_block import constant_inputs
+from lmconform.conventions import ConventionError, first_line, shapes
+from lmconform.registry import register_check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmconform.context import Context
+    from lmconform.specimen import Specimen
+
+TABLE_MARGIN = 16  # rows that a position table may have beyond the stated context (OPT has 2, fairseq pads to 8)
+EXPLAINING = ("vocab", "token", "length", "context", "position", "empty", "exceed", "range of", "dtype", "float", "long")
+
+
+@register_check(
+    "contract.inputs_untouched",
+    holds="tensors (and tuple caches) given by the caller are unchanged after the call",
+    profile="smoke",
+    space={"given": Choice("ids", "mask", "positions", "labels", "embeds", "cache")},
+    grid=tuple({"given": given} for given in ("ids", "mask", "positions", "labels", "embeds", "cache")),
+)
+def check_inputs_untouched(subject: Specimen, ctx: Context) -> None:
+    """Every input compared with its clone, and its version counter: a write of equal values is a write.
+
+    The inputs hold what tempts a model to write: padding in ids and mask, padding and -100 in labels. Cache objects
+    are mutable by convention; a cache that is a tuple of tensors is not.
+    """
+    for case in ctx.cases():
+        for given in _calls(subject, ctx, case.given):
+            before = {name: _Snapshot(tensor, tensor.clone(), tensor._version, tensor.requires_grad)
+                      for name, tensor in _leaves(given)}  # fmt: skip
+            train = case.given == "labels"
+            subject.forward(given.get("ids"), **{key: value for key, value in given.items() if key != "ids"},
+                            train=train)  # fmt: skip
+            for name, snapshot in before.items():
+                if change := snapshot.change():
+                    ctx.fail(
+                        f"the caller's {name} {change}",
+                        where="train mode" if train else "",
+                        hint="an in-place operation (masked_fill_, x[...] = ..., +=) on an argument of forward(): "
+                        "clone it first",
+                    )
+
+
+@dataclass
+class _Snapshot:
+    tensor: Tensor
+    values: Tensor
+    version: int
+    requires_grad: bool
+
+    def change(self) -> str:
+        """What became of the tensor, in words; empty where nothing did."""
+        if self.tensor.shape != self.values.shape:
+            return f"changed shape from {list(self.values.shape)} to {list(self.tensor.shape)}"
+        changed = (self.tensor != self.values) & ~(self.tensor.isnan() & self.values.isnan())
+        if bool(changed.any()):
+            place = changed.nonzero()[0].tolist()
+            return f"changed in {int(changed.sum())} of {changed.numel()} places during the call, first at {place}"
+        if self.tensor._version != self.version:
+            return "was written to in place during the call (with equal values, this time)"
+        if self.tensor.requires_grad != self.requires_grad:
+            return f"had requires_grad set to {self.tensor.requires_grad}"
+        return ""
+
+
+def _calls(subject: Specimen, ctx: Context, given: str) -> Iterator[dict[str, Any]]:
+    """Inputs for each call that shows what happens to `given`; none where the model does not take it."""
+    import torch
+
+    convention = subject.convention
+    time = subject.longest(12)
+    ids = ctx.ids(2, time)
+    padded = torch.ones_like(ids)
+    padded[0, : time // 2] = 0
+    pad = structure.special_ids(subject.module).get("pad_token_id")
+    if pad is not None and pad < subject.vocab_size:
+        ids = torch.where(padded.bool(), ids, torch.full_like(ids, pad))
+    if given == "ids":
+        yield {"ids": ids}
+    elif given == "mask" and convention.mask is not None:
+        yield {"ids": ids, "mask": padded}
+        yield {"ids": ids, "mask": torch.ones_like(ids)}
+    elif given == "positions" and convention.positions is not None:
+        yield {"ids": ids, "positions": torch.arange(time, device=ids.device).repeat(2, 1)}
+    elif given == "labels" and convention.labels is not None:
+        labels = ids.clone()
+        if convention.labels_shifted:
+            labels[1, : time // 3] = -100
+        yield {"ids": ids, "labels": labels}
+    elif given == "embeds" and subject.can("embeds"):
+        yield {"embeds": subject.embed(ids).detach().clone()}
+    elif given == "cache" and subject.can("cache"):
+        cache = subject.forward(ids[:, :-3], use_cache=True).cache
+        if isinstance(cache, tuple) and next(_leaves({"cache": cache}), None) is not None:
+            yield {"ids": ids[:, -3:], "cache": cache, "use_cache": True}
+
+
+def _leaves(given: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested dicts, tuples and lists, each with a name a user can find."""
+    import torch
+
+    names = {"ids": "input ids", "mask": "attention mask", "positions": "position ids", "embeds": "input embeddings"}
+    if isinstance(given, torch.Tensor):
+        yield name, given
+    elif isinstance(given, dict):
+        for key, value in given.items():
+            yield from _leaves(value, names.get(key, str(key)))
+    elif isinstance(given, tuple | list):
+        for index, value in enumerate(given):
+            yield from _leaves(value, f"{name}[{index}]")
+
+
+@register_check(
+    "contract.mode_kept",
+    holds="train/eval mode, RNG state in eval, requires_grad, grad mode and default dtype are as before the call",
+    profile="smoke",
+    space={"mode": Choice("eval", "train", "mixed", "no_grad")},
+    grid=({"mode": "eval"}, {"mode": "train"}, {"mode": "mixed"}, {"mode": "no_grad"}),
+)
+def check_mode_kept(subject: Specimen, ctx: Context) -> None:
+    """All in eval, all in train, and every second submodule in eval (a frozen part): each must stay as it was."""
+    import random
+
+    import numpy
+    import torch
+
+    copied = subject.copy()
+    module = copied.module
+    ids = ctx.ids(2, subject.longest(12))
+    frozen = next(iter(module.parameters()), None)
+    for case in ctx.cases():
+        module.train(case.mode in ("train", "mixed"))
+        if case.mode == "mixed":
+            for part in list(module.modules())[1::2]:
+                part.training = False
+        if frozen is not None:
+            frozen.requires_grad_(case.mode != "mixed")
+        modes = {name: part.training for name, part in module.named_modules()}
+        trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        state = (torch.get_rng_state(), random.getstate(), _numpy_state(numpy))
+        dtype, grad = torch.get_default_dtype(), case.mode != "no_grad"
+        with torch.set_grad_enabled(grad):
+            try:
+                copied.convention.run(module, ids)
+                left_grad = torch.is_grad_enabled()
+            finally:
+                left_dtype = torch.get_default_dtype()
+                torch.set_default_dtype(dtype)
+        if switched := [name for name, part in module.named_modules() if modes.get(name, part.training) != part.training]:
+            was = "train" if modes[switched[0]] else "eval"
+            ctx.fail(
+                f"a forward switched {len(switched)} of {len(modes)} modules out of {was} mode",
+                where=switched[0] or "the model itself",
+                hint="eval() or train() is called inside forward() and not undone",
+            )
+        if moved := [n for n, p in module.named_parameters() if trained.get(n, p.requires_grad) != p.requires_grad]:
+            ctx.fail(
+                f"a forward changed requires_grad of {len(moved)} parameters",
+                where=moved[0],
+                hint="requires_grad_() is called inside forward()",
+            )
+        if left_grad != grad:
+            ctx.fail(
+                f"a forward left gradients switched {'on' if left_grad else 'off'}",
+                hint="torch.set_grad_enabled() is called as a function inside forward(): use it as a context",
+            )
+        if left_dtype != dtype:
+            ctx.fail(
+                f"a forward changed the default dtype from {dtype} to {left_dtype}",
+                hint="torch.set_default_dtype() inside forward() is never set back",
+            )
+        if case.mode in ("eval", "no_grad"):
+            for name, before, now in zip(
+                ("torch's", "Python's", "numpy's"), state, (torch.get_rng_state(), random.getstate(), _numpy_state(numpy)),
+                strict=True,
+            ):  # fmt: skip
+                if not (torch.equal(before, now) if isinstance(before, torch.Tensor) else before == now):
+                    ctx.fail(
+                        f"a forward in eval mode moved {name} global random state",
+                        hint="random numbers are drawn, or a seed is set, in forward(): draw only in training, "
+                        "from a generator of its own",
+                    )
+
+
+def _numpy_state(numpy: Any) -> tuple[Any, ...]:
+    kind, keys, *rest = numpy.random.get_state()
+    return (kind, keys.tobytes(), *rest)
+
+
+BAD = ("id_too_large", "id_negative", "float_ids", "empty", "too_long")
+
+
+@register_check(
+    "contract.bad_input",
+    holds="illegal ids, empty time or too many positions raise a Python exception or are declared legal (CPU)",
+    profile="smoke",
+    space={"kind": Choice(*BAD)},
+    grid=tuple({"kind": kind} for kind in BAD),
+)
+def check_bad_input(subject: Specimen, ctx: Context) -> None:
+    """Never silent garbage: an exception, or a meaning that can be stated.
+
+    Legal without an exception: ids that the embedding table has rows for, logits [batch, 0, vocab] for no tokens,
+    more tokens than the stated context where no position table ends (rotary, relative, recurrent). An exception that
+    does not say what was wrong is noted.
+    """
+    copied = subject.copy()  # an exception in the middle of a call may leave state behind
+    copied.module.to("cpu")  # a bad index on CUDA ends the whole process
+    obscure: list[str] = []
+    for case in ctx.cases():
+        attempt = _ATTEMPTS[case.kind](copied, ctx)
+        if attempt is None:
+            continue
+        what, call, judge, hint = attempt
+        try:
+            logits = call()
+        except ConventionError as error:
+            ctx.fail(f"{what} raised nothing and gave no logits either: {first_line(error)}", hint=hint)
+        except Exception as error:
+            text = f"{type(error).__name__}: {first_line(error)}"
+            if not any(word in text.lower() for word in EXPLAINING):
+                obscure.append(f"{what}: {text}")
+        else:
+            if reproach := judge(logits):
+                ctx.fail(f"{what} raised nothing: {reproach}", hint=hint)
+    if obscure:
+        ctx.note("exceptions that do not say what is wrong: " + "; ".join(obscure))
+
+
+Attempt = tuple[str, Callable[[], "Tensor"], Callable[["Tensor"], str], str]
+
+
+def _garbage(logits: Tensor) -> str:
+    return f"it returned logits {list(logits.shape)} as if nothing were wrong"
+
+
+def _id_too_large(subject: Specimen, ctx: Context) -> Attempt:
+    table = structure.embedding(subject.module, subject.vocab_size)
+    rows = max(subject.vocab_size, int(getattr(table, "num_embeddings", 0) or 0))  # padded tables: rows are legal ids
+    ids = ctx.ids(1, 4).cpu()
+    ids[0, 1] = rows
+    what = f"token id {rows} (the vocabulary ends at {rows - 1})"
+    hint = "ids are clamped or taken modulo the vocabulary: an off-by-one in the tokenizer or its size stays unseen"
+    return what, lambda: subject.logits(ids), _garbage, hint
+
+
+def _id_negative(subject: Specimen, ctx: Context) -> Attempt:
+    ids = ctx.ids(1, 4).cpu()
+    ids[0, 1] = -1
+    hint = "weight[ids] counts negative ids from the end of the table: use F.embedding, or reject ids below 0"
+    return "token id -1", lambda: subject.logits(ids), _garbage, hint
+
+
+def _float_ids(subject: Specimen, ctx: Context) -> Attempt:
+    ids = ctx.ids(1, 4).cpu().float() + 0.5
+    hint = "ids are cast with .long(), which cuts the fraction off: reject ids that are not integers"
+    return f"float token ids such as {float(ids[0, 0])}", lambda: subject.logits(ids), _garbage, hint
+
+
+def _empty(subject: Specimen, ctx: Context) -> Attempt:
+    ids = ctx.ids(2, 4).cpu()[:, :0]
+
+    def judge(logits: Tensor) -> str:
+        if list(logits.shape) == [2, 0, subject.vocab_size]:
+            return ""
+        return f"it returned {shapes(logits)}, expected an exception or [2, 0, {subject.vocab_size}]"
+
+    return "a sequence of no tokens", lambda: subject.logits(ids), judge, "an empty prompt is padded up without a word"
+
+
+def _too_long(subject: Specimen, ctx: Context) -> Attempt | None:
+    """Only where positions are told apart before the first block: there a table ends."""
+    import torch
+
+    context = subject.context_length
+    if context is None or context > 4096:
+        return None
+    within = constant_inputs(subject, context)
+    if within is None or not _positions_differ(within):
+        return None
+    time = context + TABLE_MARGIN + 1
+    ids = ctx.ids(1, 2).cpu()[:, :1].expand(1, time).contiguous()
+
+    def judge(logits: Tensor) -> str:
+        received = constant_inputs(subject, time)
+        if received is None or received.shape[0] != time:
+            return ""
+        distance = torch.cdist(received.double(), received.double()).fill_diagonal_(torch.inf)
+        distance = distance.masked_fill(torch.arange(time)[None].expand(time, time) < context, torch.inf)
+        if float(distance.min()) > 1e-6 * float(received.abs().max()):
+            return ""  # every further position has an encoding of its own: computed, or a table with room
+        one, other = sorted(divmod(int(distance.argmin()), time))
+        return f"position {other}, beyond the context of {context}, gets the encoding of position {one}"
+
+    hint = "positions are clamped, or taken modulo the table: raise for more tokens than the table has rows"
+    return f"{time} tokens, more than the context of {context},", lambda: subject.logits(ids), judge, hint
+
+
+def _positions_differ(received: Tensor) -> bool:
+    return bool((received - received[:1]).abs().max() > 1e-6 * received.abs().max())
+
+
+_ATTEMPTS: dict[str, Callable[[Any, Any], Attempt | None]] = {
+    "id_too_large": _id_too_large,
+    "id_negative": _id_negative,
+    "float_ids": _float_ids,
+    "empty": _empty,
+    "too_long": _too_long,
+}

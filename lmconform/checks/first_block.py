@@ -1,0 +1,155 @@
+"""What one block of a model does: its input caught, the other blocks taken out of the way. Nothing is registered here.
+
+A causal stack sees order without positions from its second block on (Haviv et al. 2022), so positions can be judged
+on one block alone only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lmconform import structure
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lmconform.specimen import Specimen
+
+
+class _Caught(BaseException):
+    """Stops a forward at the first block. No Exception, so that no model swallows it."""
+
+
+def blocks(subject: Specimen) -> list[nn.Module] | None:
+    """The repeated blocks that a forward on token ids calls, in order; None where there are none to be found.
+
+    A composite model has several stacks (a vision tower): the one that takes part counts.
+    """
+    from torch import nn
+
+    named = structure.blocks(subject.module)
+    if named is None:
+        return None
+    candidates = [named[1]]
+    candidates += [
+        part
+        for part in subject.module.modules()
+        if isinstance(part, nn.ModuleList) and len(part) > 0 and part is not named[1]
+        and len({type(child) for child in part}) == 1
+    ]  # fmt: skip
+    called: dict[int, list[nn.Module]] = {}
+    hooks = []
+    for index, stack in enumerate(candidates):
+        for block in stack:
+            hooks.append(block.register_forward_pre_hook(lambda m, a, i=index: called.setdefault(i, []).append(m)))
+    try:
+        subject.logits(subject.probe_ids(1, 4))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for index, stack in enumerate(candidates):
+        if [id(m) for m in called.get(index, [])] == [id(m) for m in stack]:
+            return list(stack)
+        if index == 0 and index in called:
+            return None  # blocks that run more than once, or not in their order: no one of them can be taken alone
+    return None
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | int, Tensor] | None:
+    """Where in a block's arguments its input is: the first floating [batch, time, ...] tensor, and that tensor."""
+    import torch
+
+    arguments: list[tuple[str | int, Any]] = [*enumerate(args), *sorted(kwargs.items(), key=_hidden_first)]
+    for place, value in arguments:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
+            return place, value
+    return None
+
+
+def _hidden_first(item: tuple[str, Any]) -> bool:
+    return item[0] not in ("hidden_states", "x", "hidden", "inputs", "input")
+
+
+def block_input(subject: Specimen, input_ids: Tensor, **inputs: Any) -> Tensor | None:
+    """What the first block receives for these ids, [batch, time, width]; nothing after it is computed.
+
+    None where no blocks are found or their input cannot be told.
+    """
+    stack = blocks(subject)
+    if stack is None:
+        return None
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = _hidden(args, kwargs)
+        if found is not None:
+            caught.append(found[1].detach().clone())
+        raise _Caught
+
+    hook = stack[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        subject.logits(input_ids, **inputs)
+    except _Caught:
+        pass
+    finally:
+        hook.remove()
+    if not caught or caught[0].shape[:2] != input_ids.shape:
+        return None
+    return caught[0]
+
+
+def constant_inputs(subject: Specimen, time: int) -> Tensor | None:
+    """What the first block receives for one token repeated `time` times: [time, width].
+
+    Rows that differ carry an absolute position encoding. None as for `block_input`.
+    """
+    ids = subject.probe_ids(1, 1).expand(1, time).contiguous()
+    received = block_input(subject, ids)
+    return None if received is None else received[0].flatten(1)
+
+
+@contextmanager
+def alone(stack: list[nn.Module], index: int = 0) -> Iterator[list[Tensor]]:
+    """Within it, every block but `index` hands its input on unchanged.
+
+    Yields a list that each forward appends block `index`'s input to, as a leaf that takes a gradient where gradients
+    are on.
+    """
+    inputs: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        import torch
+
+        found = _hidden(args, kwargs)
+        if found is None or not torch.is_grad_enabled():
+            return None
+        place, value = found
+        leaf = value.detach().clone().requires_grad_(True)
+        inputs.append(leaf)
+        if isinstance(place, int):
+            return (*args[:place], leaf, *args[place + 1 :]), kwargs
+        return args, {**kwargs, place: leaf}
+
+    def pass_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        import torch
+
+        found = _hidden(args, kwargs)
+        if found is None:
+            return None
+        if isinstance(output, torch.Tensor):
+            return found[1]
+        if isinstance(output, tuple | list) and output:
+            return type(output)((found[1], *output[1:]))
+        return None
+
+    hooks = [stack[index].register_forward_pre_hook(catch, with_kwargs=True)]
+    hooks += [
+        block.register_forward_hook(pass_on, with_kwargs=True) for i, block in enumerate(stack) if i != index
+    ]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,1 @@
+"""How a Report is shown: on a terminal and as an HTML page."""

@@ -1,0 +1,37 @@
+"""The sound subjects conform: every check of the default profile, three seeds; fifty in the long run."""
+
+from __future__ import annotations
+
+import pytest
+
+from fixtures.subjects import SOUND, build
+from lmconform import Report, check_model
+from lmconform.subject import Subject
+
+SEEDS = range(3)
+MANY = range(50)
+
+
+def conforms(name: str, seed: int) -> Report:
+    """The report of one sound subject. Known deviations of transformers apply, as they do for users."""
+    import torch
+
+    subject = Subject(lambda: build(name, torch.initial_seed() % (1 << 31)), name=name)
+    report = check_model(subject, seed=seed)
+    assert report.failed == []
+    return report
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", SOUND)
+def test_conforms(name: str, seed: int) -> None:
+    report = conforms(name, seed)
+    assert report.counts["passed"] > 30
+    assert report.counts["blocked"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOUND)
+def test_verdicts_do_not_change_over_seeds(name: str) -> None:
+    verdicts = [{result.id: result.status for result in conforms(name, seed).results} for seed in MANY]
+    assert all(verdict == verdicts[0] for verdict in verdicts)

@@ -1,0 +1,175 @@
+"""How a model is called is found out, whatever it looks like."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmconform import BuildError, Subject
+
+VOCAB = 37
+
+
+class Core(nn.Module):
+    """Embedding and head; `answer` is what a subclass makes of the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 16)
+        self.head = nn.Linear(16, VOCAB)
+
+    def compute(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids))
+
+
+class TensorOut(Core):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x)
+
+
+class UnknownName(Core):
+    def forward(self, sequence: Tensor) -> Tensor:
+        return self.compute(sequence)
+
+
+class TupleOut(Core):
+    def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
+        return self.compute(tokens), None
+
+
+class DictOut(Core):
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.compute(input_ids)}
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+
+
+class DataclassOut(Core):
+    def forward(self, ids: Tensor) -> Answer:
+        return Answer(self.compute(ids))
+
+
+NamedAnswer = namedtuple("NamedAnswer", "loss logits")
+
+
+class NamedTupleOut(Core):
+    def forward(self, input_ids: Tensor) -> NamedAnswer:
+        return NamedAnswer(None, self.compute(input_ids))
+
+
+class NanoGPT(Core):
+    """All logits only when targets are passed."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        logits = self.compute(idx)
+        if targets is None:
+            return logits[:, [-1]], None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class ListCache(Core):
+    """A cache that is a list of tensors, given and returned beside the logits."""
+
+    def forward(self, tokens: Tensor, cache: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        return self.compute(tokens), [*(cache or []), tokens]
+
+
+class Wrapped(nn.Module):
+    """A wrapper that hides the signature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = DictOut()
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.inner(*args, **kwargs)
+
+
+KINDS = [TensorOut, UnknownName, TupleOut, DictOut, DataclassOut, NamedTupleOut, NanoGPT, ListCache, Wrapped]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_logits_are_found(kind: type[nn.Module]) -> None:
+    specimen = Subject(kind).open()
+    ids = specimen.probe_ids(3, 7)
+    assert specimen.vocab_size == VOCAB
+    assert specimen.logits(ids).shape == (3, 7, VOCAB)
+    assert specimen.logits(ids[:1, :1]).shape == (1, 1, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "ok"),
+    [
+        (TensorOut, "mask", False),
+        (TensorOut, "cache", False),
+        (ListCache, "cache", True),
+        (NanoGPT, "labels", True),
+        (TensorOut, "labels", False),
+        (TensorOut, "gen", False),
+        (TensorOut, "rebuild", True),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
+)
+def test_capabilities_are_probed(kind: type[nn.Module], capability: str, ok: bool) -> None:
+    answer = Subject(kind).open().can(capability)
+    assert answer.ok is ok
+    assert ok or answer.reason
+
+
+def test_targets_are_not_shifted_and_labels_are() -> None:
+    assert Subject(NanoGPT).open().convention.labels_shifted is False
+
+
+def test_subjects_own_call_settles_it() -> None:
+    class TimeFirst(Core):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.compute(x).transpose(0, 1)
+
+    with pytest.raises(BuildError, match="time comes first"):
+        Subject(TimeFirst).open()
+    specimen = Subject(TimeFirst, call=lambda model, input_ids: model(input_ids).transpose(0, 1)).open()
+    assert specimen.logits(specimen.probe_ids()).shape == (2, 5, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda logits: "text", r"returned str: no logits in it"),
+        (lambda logits: logits.argmax(-1), r"not floating"),
+        (lambda logits: logits[:, -1:], r"logits of the last position only"),
+        (lambda logits: logits[..., 0], r"expected \[2, 5, vocab\]"),
+        (lambda logits: {"last_hidden_state": logits}, r"load it with AutoModelForCausalLM"),
+    ],
+    ids=["text", "ids", "last-position", "no-vocab", "headless"],
+)
+def test_failure_says_what_was_tried_and_how_to_adapt(answer: object, says: str) -> None:
+    class Odd(Core):
+        def forward(self, x: Tensor) -> object:
+            return answer(self.compute(x))  # type: ignore[operator]
+
+    with pytest.raises(BuildError, match=says) as caught:
+        Subject(Odd).open()
+    assert "def call(model, input_ids" in str(caught.value)
+    assert "lmconform.Subject" in str(caught.value)
+
+
+def test_the_users_own_module_is_left_alone() -> None:
+    model = TensorOut().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    Subject(model).open(seed=3)
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_random_state_of_the_caller_is_left_alone() -> None:
+    state = torch.random.get_rng_state()
+    Subject(TensorOut).open(seed=3)
+    assert torch.equal(state, torch.random.get_rng_state())

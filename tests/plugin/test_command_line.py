@@ -1,0 +1,135 @@
+"""pytest --lm SPEC: items, ids, selection, outcomes, ledger, and silence without --lm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+CHEAP = ("--lm-select", "contract.shape", "--lm-select", "contract.finite")
+
+
+def test_adds_one_item_a_check_named_subject_dash_check(project: pytest.Pytester) -> None:
+    result = project.runpytest("--lm", "models:Sound", *CHEAP, "-v")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["lm::Sound-contract.shape PASSED*", "lm::Sound-contract.finite PASSED*"])
+    result.stdout.fnmatch_lines(["*Sound conforms: 2 passed*"])
+
+
+def test_runs_named_files_beside_the_subjects(project: pytest.Pytester) -> None:
+    project.runpytest("--lm", "models:Sound", *CHEAP, "test_other.py").assert_outcomes(passed=3)
+
+
+def test_finding_shows_the_figures_and_the_reproduction(project: pytest.Pytester) -> None:
+    result = project.runpytest("--lm", "models:Broken", *CHEAP)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        ["*contract.finite: * logits are NaN or infinite*", "*lmconform check models:Broken --select contract.finite*"]
+    )
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [(("-k", "finite"), 1), (("-m", "smoke"), 2), (("-m", "thorough"), 0), (("--lm-deselect", "contract.finite"), 1)],
+    ids=["keyword", "marker", "marker-none", "deselect"],
+)
+def test_narrows(project: pytest.Pytester, arguments: tuple[str, ...], passed: int) -> None:
+    outcomes = project.runpytest("--lm", "models:Sound", *CHEAP, *arguments).parseoutcomes()
+    assert outcomes.get("passed", 0) == passed
+
+
+def test_last_failed_runs_the_finding_alone(project: pytest.Pytester) -> None:
+    project.runpytest("--lm", "models:Broken", *CHEAP)
+    project.runpytest("--lm", "models:Broken", *CHEAP, "--lf").assert_outcomes(failed=1)
+
+
+def test_workers_give_the_same_verdicts_and_one_ledger(project: pytest.Pytester) -> None:
+    result = project.runpytest_subprocess("--lm", "models:Sound", "--lm", "models:Broken", *CHEAP, "-n", "2")
+    result.assert_outcomes(passed=3, failed=1)
+    result.stdout.fnmatch_lines_random(["Sound conforms: 2 passed", "Broken does not conform: 1 passed, 1 failed"])
+
+
+def test_junit_holds_the_figures(project: pytest.Pytester) -> None:
+    project.runpytest("--lm", "models:Broken", *CHEAP, "--junitxml", "out.xml")
+    text = (project.path / "out.xml").read_text()
+    assert 'name="lmconform_id" value="contract.finite"' in text
+    assert 'name="lmconform_status" value="failed"' in text
+
+
+def test_json_report_is_written(project: pytest.Pytester) -> None:
+    project.runpytest("--lm", "models:Broken", *CHEAP, "--lm-json", "out.json")
+    report = json.loads((project.path / "out.json").read_text())
+    assert report["ok"] is False
+    assert report["counts"]["failed"] == 1
+
+
+def test_subject_that_cannot_be_built_fails_once(project: pytest.Pytester) -> None:
+    result = project.runpytest("--lm", "models:fails", *CHEAP)
+    result.assert_outcomes(failed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*could not be built: *no weights here*"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--lm", "models:Soun"), "*did you mean Sound?*"),
+        (("--lm", "nowhere.models:Sound"), "*there is no module nowhere*"),
+        (("--lm", "models:Sound", "--lm-select", "contract.shap"), "*did you mean contract.shape*"),
+        (("--lm", "models:Sound", "--lm-expected", "none.toml"), "*none.toml: no such expected-failure file*"),
+    ],
+    ids=["attribute", "module", "check", "expected-file"],
+)
+def test_bad_usage_is_one_clear_error(project: pytest.Pytester, arguments: tuple[str, ...], says: str) -> None:
+    result = project.runpytest(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: lmconform: {says}"])
+
+
+def test_nothing_executed_is_an_error(project: pytest.Pytester) -> None:
+    result = project.runpytest("--lm", "models:Sound", "--lm-select", "padding.left")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*Sound nothing was checked: 1 not_applicable*"])
+
+
+def test_expected_failures_xfail_and_stale_ones_fail(project: pytest.Pytester) -> None:
+    project.path.joinpath("expected.toml").write_text(
+        '[[expected]]\nsubject = "Broken"\nid = "contract.finite"\nreason = "divides by 0 beyond 30 tokens"\n'
+        '[[expected]]\nsubject = "Broken"\nid = "contract.shape"\nreason = "was once wrong"\n'
+    )
+    result = project.runpytest("--lm", "models:Broken", *CHEAP, "--lm-expected", "expected.toml", "-rx")
+    result.assert_outcomes(xfailed=1, failed=1)
+    result.stdout.fnmatch_lines(["*passed, though expected to fail: remove the entry*"])
+    result.stdout.fnmatch_lines(["*divides by 0 beyond 30 tokens*"])
+
+
+def test_options_come_from_the_project_file(project: pytest.Pytester) -> None:
+    project.makepyprojecttoml('[tool.lmconform]\nselect = ["contract.shape"]\n')
+    project.runpytest("--lm", "models:Sound").assert_outcomes(passed=1)
+
+
+def test_misspelt_option_in_the_project_file_is_an_error(project: pytest.Pytester) -> None:
+    project.makepyprojecttoml('[tool.lmconform]\nslect = ["contract.shape"]\n')
+    result = project.runpytest("--lm", "models:Sound")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*no option 'slect'; did you mean select?*"])
+
+
+def test_without_lm_nothing_changes_and_torch_is_not_imported(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        test_other="import sys\ndef test_clean():\n    assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    plain = project.runpytest_subprocess("test_other.py")
+    plain.assert_outcomes(passed=1)
+    plain.stdout.no_fnmatch_line("lmconform*")
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = (
+        "import sys, lmconform, lmconform.pytest_plugin; from lmconform.registry import all_checks; all_checks();"
+        "lmconform.parametrize_with_checks(['transformers:llama']);"
+        "sys.exit(bool({'torch', 'transformers', 'hypothesis'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
