@@ -1,6 +1,6 @@
 """One way of calling generate(), whoever wrote it: transformers' GenerationMixin or a module's own method.
 
-What a generate() offers is read off its signature; what it does not offer makes a check not applicable, with the reason.
+What a generate() offers is read off its signature; what it does not offer makes a check not applicable, and says so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lmconform import structure
 from lmconform.specimen import Unavailable
 
 if TYPE_CHECKING:
@@ -103,6 +104,20 @@ class Generator:
         """The most likely tokens, at most `new`. Raises Unavailable where generate() can only sample."""
         return self._cut(self._call(ids, new, mask=mask, **self._greedily(), **controls), ids, new)
 
+    def greedy_with_logits(
+        self, ids: Tensor, new: int, *, mask: Tensor | None = None, **controls: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, with the logits [batch, time, vocab] that each step chose from, where generate() can say."""
+        import torch
+
+        if not self.hugging_face:
+            return self.greedy(ids, new, mask=mask, **controls), None
+        made = self._call(
+            ids, new, mask=mask, do_sample=False, return_dict_in_generate=True, output_logits=True, **controls
+        )
+        logits = getattr(made, "logits", None)
+        return self._cut(made, ids, new), torch.stack(logits, dim=1) if logits else None
+
     def sample(
         self, ids: Tensor, new: int, *, mask: Tensor | None = None, **controls: Any
     ) -> tuple[Tensor, list[Tensor]]:
@@ -129,7 +144,7 @@ class Generator:
 
     def as_users_call(self, ids: Tensor, new: int, *, sample: bool) -> Tensor:
         """With the model's own defaults in force, its end-of-text token included."""
-        switch = {self.names["do_sample"]: sample} if self.offers("do_sample") else {}
+        switch: dict[str, Any] = {"do_sample": sample} if self.offers("do_sample") else {}
         return self._cut(self._call(ids, new, inherit=True, **switch), ids, new)
 
     def _greedily(self) -> dict[str, Any]:
@@ -183,10 +198,12 @@ class Generator:
         return made
 
 
-def pad_for(ids: Tensor, vocab_size: int) -> int:
-    """A padding token that no prompt of `ids` holds."""
+def pad_for(subject: Specimen, ids: Tensor) -> int:
+    """A padding token that no prompt of `ids` holds: the model's own, if it may be."""
     used = set(ids.flatten().tolist())
-    return next((token for token in range(vocab_size) if token not in used), 0)
+    own = structure.special_ids(subject.module).get("pad_token_id")
+    candidates = [*([own] if own is not None and own < subject.vocab_size else []), *range(subject.vocab_size)]
+    return next((token for token in candidates if token not in used), 0)
 
 
 @contextmanager

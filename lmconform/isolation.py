@@ -90,7 +90,9 @@ class Child:
                 "a live object cannot be handed to another process"
             )
         if not (options.reference is None or isinstance(options.reference, str)):
-            raise OptionError("isolate wants the reference as a SPEC: a live object cannot be handed to another process")
+            raise OptionError(
+                "isolate wants the reference as a SPEC: a live object cannot be handed to another process"
+            )
         if sys.platform == "win32":
             raise OptionError("isolate needs POSIX pipes and signals; say --no-isolate (isolate=False) on Windows")
         self.spec = spec
@@ -158,6 +160,7 @@ class Child:
                 break
             assert self._process is not None
             running = [check.id]
+            started = time.monotonic()
             try:
                 self._process.send(run=check.id)
                 event = self._await(self._process, "result", self.options.timeout + GRACE, running)
@@ -165,7 +168,7 @@ class Child:
                 self.failures.append(failure.trace)
                 return Result(check.id, check.family, check.severity, Status.error, message=str(failure))
             except _Gone as gone:
-                result = self._death(gone, running[-1])
+                result = self._death(gone, running[-1], time.monotonic() - started)
                 if running[-1] == check.id:
                     return self._judge(result)
                 continue  # it was a prerequisite: the new process knows, and says blocked
@@ -174,7 +177,7 @@ class Child:
             return self._judge(result)
         return Result(check.id, check.family, check.severity, Status.not_run, message=self._ended)
 
-    def _death(self, gone: _Gone, id: str) -> Result:
+    def _death(self, gone: _Gone, id: str, seconds: float) -> Result:
         """The process is gone: the result of the check that was running."""
         if gone.hung:
             text = f"did not end within {self.options.timeout:g} s and its process was stopped{gone.place}"
@@ -187,7 +190,7 @@ class Child:
         repro = reproduction(self.spec, id, self.options.seed, options=repeated(self.options))
         result = Result(
             id, id.partition(".")[0], outline.severity if outline else "fault", Status.error,
-            message="\n".join(lines), repro=repro,
+            message="\n".join(lines), repro=repro, seconds=seconds,
         )  # fmt: skip
         self._known[id] = result
         self._drop()
@@ -199,7 +202,9 @@ class Child:
     def _judge(self, result: Result) -> Result:
         return apply(result, self._expectations, self._names, self.options.device, self.dtype)
 
-    def _await(self, process: _Process, wanted: str, seconds: float, running: list[str] | None = None) -> dict[str, Any]:
+    def _await(
+        self, process: _Process, wanted: str, seconds: float, running: list[str] | None = None
+    ) -> dict[str, Any]:
         """The next event of that kind. Raises what the child refuses with, WorkerFailure, or _Gone."""
         deadline = time.monotonic() + seconds
         while True:
@@ -257,20 +262,21 @@ class _Process:
             [sys.executable, "-c", START, str(Path(PACKAGE).parent), str(events_end), str(self._trace.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             pass_fds=(events_end, self._trace.fileno()),
             start_new_session=True,  # Ctrl-C is for the parent, which then ends the whole group
         )
         os.close(events_end)
         assert self._popen.stdout is not None
-        self._events, self._output = events, self._popen.stdout.fileno()
+        assert self._popen.stderr is not None
+        self._events, self._output, self._errors = events, self._popen.stdout.fileno(), self._popen.stderr.fileno()
         self._selector = selectors.DefaultSelector()
-        self._pending = {fd: b"" for fd in (self._events, self._output)}
+        self._pending = {fd: b"" for fd in (self._events, self._output, self._errors)}
         for fd in self._pending:
             self._selector.register(fd, selectors.EVENT_READ)
         self._queue: deque[dict[str, Any]] = deque()
-        self._last: deque[str] = deque(maxlen=3)
-        self.printed = 0
+        self._last: dict[int, deque[str]] = {fd: deque(maxlen=3) for fd in (self._output, self._errors)}
+        self.printed = 0  # lines on stdout
 
     def send(self, **command: Any) -> None:
         assert self._popen.stdin is not None
@@ -284,12 +290,12 @@ class _Process:
             left = deadline - time.monotonic()
             if left <= 0:
                 place = self._stop()
-                raise _Gone("was stopped", place, self.tail(), hung=True)
+                raise _Gone("was stopped", place, self.tail(errors=True), hung=True)
             ended = self._popen.poll() is not None
             ready = self._selector.select(0 if ended else min(left, 0.1))
             self._read(ready)
             if ended and not ready and not self._queue:
-                raise _Gone(how_it_ended(self._popen.returncode), self._place(), self.tail())
+                raise _Gone(how_it_ended(self._popen.returncode), self._place(), self.tail(errors=True))
         return self._queue.popleft()
 
     def _read(self, ready: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
@@ -299,27 +305,27 @@ class _Process:
                 self._selector.unregister(key.fd)
                 continue
             *lines, rest = (self._pending[key.fd] + data).split(b"\n")
-            self._pending[key.fd] = rest[-(1 << 20) :] if key.fd == self._output else rest
+            self._pending[key.fd] = rest if key.fd == self._events else rest[-(1 << 16) :]
             if key.fd == self._events:
                 self._queue.extend(json.loads(line) for line in lines)
             else:
-                self.printed += len(lines)
-                for line in lines:
-                    self._keep(line)
+                self._keep(key.fd, lines)
 
-    def _keep(self, line: bytes) -> None:
-        text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2].rstrip()
-        if text:
-            self._last.append(text[:200])
+    def _keep(self, fd: int, lines: Sequence[bytes]) -> None:
+        self.printed += len(lines) if fd == self._output else 0
+        for line in lines:
+            text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2].rstrip()
+            if text:
+                self._last[fd].append(text[:200])
 
-    def tail(self) -> list[str]:
-        """The last few lines that were printed."""
-        rest = self._pending[self._output]
-        if rest:
-            self._pending[self._output] = b""
-            self.printed += 1
-            self._keep(rest)
-        return list(self._last)
+    def tail(self, *, errors: bool = False) -> list[str]:
+        """The last few lines that were printed; with stderr, where nothing else says what happened."""
+        fds = (self._output, self._errors) if errors else (self._output,)
+        for fd in fds:
+            if self._pending[fd]:
+                self._keep(fd, [self._pending[fd]])
+                self._pending[fd] = b""
+        return [line for fd in fds for line in self._last[fd]]
 
     def _stop(self) -> str:
         """End a process that does not answer. Where it was: faulthandler says so even out of C code."""
@@ -351,7 +357,9 @@ class _Process:
 
     def close(self) -> None:
         """The end of its commands ends an idle process; a busy one is killed."""
-        assert self._popen.stdin is not None and self._popen.stdout is not None
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        assert self._popen.stderr is not None
         with contextlib.suppress(BrokenPipeError):
             self._popen.stdin.close()
         if not self._queue:
@@ -362,6 +370,7 @@ class _Process:
         self._selector.close()
         os.close(self._events)
         self._popen.stdout.close()
+        self._popen.stderr.close()
         self._trace.close()
 
 

@@ -105,7 +105,7 @@ def _attribute(module: ModuleType, attribute: str, spec: str) -> Subject:
             public = [name for name in vars(module) if not name.startswith("_")]
             near = difflib.get_close_matches(attribute, public, n=1)
             raise BuildError(
-                f"{spec}: {module.__name__.removeprefix('_lmconform_subject_')} has no attribute {attribute!r}"
+                f"{spec}: {spec.rpartition(':')[0]} has no attribute {attribute!r}"
                 + (f"; did you mean {near[0]}?" if near else "")
             )
         found = getattr(found, part)

@@ -42,6 +42,7 @@ class Runner:
     profile: str = "default"
     seed: int = 0
     case: Case | None = None
+    case_of: str = ""  # the check whose case that is: its prerequisites run their whole grids
     shrink: bool = True
     timeout: float = CHECK_TIMEOUT
     options: str = ""
@@ -83,7 +84,7 @@ class Runner:
         try:
             with _time_limit(self.timeout), _quiet(self.seed):
                 violation = _attempt(check, self.subject, context)
-                if violation is None and self.profile == "thorough" and check.space and self.case is None:
+                if violation is None and self.profile == "thorough" and check.space and self._case(check) is None:
                     violation = search(check, self.subject, seed=self.seed, seconds=self.timeout / 4, examples=100)
         except Unavailable as reason:
             return self._result(check, Status.not_applicable, str(reason))
@@ -95,7 +96,8 @@ class Runner:
         except MemoryError:
             return self._result(check, Status.error, "ran out of memory", context.case)
         except SystemExit as error:
-            return self._result(check, Status.error, f"the model called sys.exit({error.code!r})", context.case)
+            text = f"the model called sys.exit({error.code!r}){_origin(error)}"
+            return self._result(check, Status.error, text, context.case)
         except Exception as error:
             text = f"the model raised {type(error).__name__}: {first_line(error)}{_origin(error)}"
             return self._result(check, Status.error, text, context.case)
@@ -121,7 +123,7 @@ class Runner:
         if denied:
             return self._green(check, context, denied)
         small = None
-        if self.shrink and violation.case is not None and self.case is None:
+        if self.shrink and violation.case is not None and self._case(check) is None:
             small = smallest(check, self.subject, violation.case, seed=self.seed, seconds=SHRINK_SECONDS)
             if small is not None and self._denied_by_float64(check, small):
                 small = None  # shrunk into rounding: the first case stands
@@ -178,8 +180,12 @@ class Runner:
         return reproduction(self.subject.spec, check.id, self.seed, str(case) if case else "", self.options)
 
     def _context(self, check: Check, subject: Specimen) -> Context:
-        cases = (self.case,) if self.case is not None else ()
+        case = self._case(check)
+        cases = (case,) if case is not None else ()
         return Context(check, subject, seed=self.seed, profile=self.profile, cases=cases)
+
+    def _case(self, check: Check) -> Case | None:
+        return self.case if check.id == self.case_of else None
 
 
 def _attempt(check: Check, subject: Specimen, context: Context) -> Violation | None:

@@ -65,6 +65,7 @@ class Session:
                 profile=options.profile,
                 seed=options.seed,
                 case=self.case,
+                case_of=self.checks[0].id if self.case is not None else "",
                 timeout=options.timeout,
                 options=repeated(options),
             )

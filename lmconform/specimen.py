@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmconform import capabilities, structure, tolerance
-from lmconform.conventions import Convention, Output
+from lmconform.conventions import Convention, Output, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ class Specimen:
         self._pristine = pristine
         self._capabilities: dict[str, capabilities.Capability] = {}
         self._twin: Specimen | bool | None = False
+        self._loaded: Specimen | None = None
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -94,20 +95,28 @@ class Specimen:
         stated = structure.context_length(self.module)
         if stated is not None:
             return stated
-        if self._fits(LONGEST_PROBE):
+        refusal = self._refusal(LONGEST_PROBE)
+        if refusal is None:
             return None
         low, high = 5, LONGEST_PROBE
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._fits(middle) else (low, middle)
+            refused = self._refusal(middle)
+            low, high, refusal = (middle, high, refusal) if refused is None else (low, middle, refused)
+        self.announce(f"no context length is stated; taken as {low} tokens, since {high} raise {refusal}")
         return low
 
-    def _fits(self, time: int) -> bool:
+    def _refusal(self, time: int) -> str | None:
+        """What a call with that many tokens raises; None where it runs. Want of memory says nothing of the context."""
         try:
             self.logits(self.probe_ids(1, time))
-        except Exception:
-            return False
-        return True
+        except MemoryError:
+            raise
+        except Exception as error:
+            if "allocate memory" in str(error):
+                raise
+            return f"{type(error).__name__}: {first_line(error)}"
+        return None
 
     @functools.cached_property
     def window(self) -> int | None:
@@ -256,10 +265,13 @@ class Specimen:
         return self._derive(module.eval(), seed=seed)
 
     def as_loaded(self) -> Specimen:
-        """The model with the weights it came with, before excitation."""
+        """The model with the weights it came with, before excitation; made once."""
         if self._pristine is None:
             return self
-        return self._derive(self._pristine().to(device=self.device, dtype=self.dtype).eval(), pristine=None)
+        if self._loaded is None:
+            module = self._pristine().to(device=self.device, dtype=self.dtype).eval()
+            self._loaded = self._derive(module, pristine=None)
+        return self._loaded
 
     def _afford(self, need: int, what: str) -> None:
         available = available_memory()

@@ -41,8 +41,20 @@ def stated(module: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 def context_length(module: nn.Module) -> int | None:
-    """The stated number of positions, None where none is stated."""
-    return stated(module, CONTEXT)
+    """The stated number of positions, None where none is stated.
+
+    A position table with a padding row (RoBERTa) starts behind it: those rows are no context.
+    """
+    from torch import nn
+
+    rows = stated(module, CONTEXT)
+    if rows is None:
+        return None
+    for name, part in module.named_modules():
+        table = isinstance(part, nn.Embedding) and "position" in name and part.num_embeddings <= rows + 2
+        if table and part.padding_idx is not None:
+            return min(rows, int(part.num_embeddings) - part.padding_idx - 1)
+    return rows
 
 
 def window(module: nn.Module) -> int | None:

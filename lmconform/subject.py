@@ -124,8 +124,6 @@ class Subject:
             raise BuildError(f"{self.name}: the builder called sys.exit({error.code!r})") from error
         except MemoryError as error:
             raise BuildError(f"{self.name}: the builder ran out of memory") from error
-        except BuildError:
-            raise
         except Exception as error:
             raise BuildError(
                 f"{self.name}: the builder raised {type(error).__name__}: {first_line(error)}{_raised_at(error)}"

@@ -32,14 +32,14 @@ def noise_floor(subject: Specimen, ids: Tensor) -> float:
     import torch
 
     base = subject.logits(ids).double()
-    floors = [_typical(epsilon(subject.dtype) * base.abs())]
+    floors = [typical(epsilon(subject.dtype) * base.abs())]
     if subject.dtype == torch.float64:
-        floors.append(_typical(base - perturbed(subject, ids, TWIN_PERTURBATION).double()))
+        floors.append(typical(base - perturbed(subject, ids, TWIN_PERTURBATION).double()))
     else:
-        floors.append(_typical(base - perturbed(subject, ids, epsilon(subject.dtype)).double()))
+        floors.append(typical(base - perturbed(subject, ids, epsilon(subject.dtype)).double()))
         twin = subject.twin()
         if twin is not None:
-            floors.append(_typical(base - twin.logits(ids).double()))
+            floors.append(typical(base - twin.logits(ids).double()))
     finite = [floor for floor in floors if floor == floor]
     return max(finite, default=float("nan"))
 
@@ -60,7 +60,8 @@ def perturbed(subject: Specimen, ids: Tensor, size: float) -> Tensor:
     return copy.logits(ids)
 
 
-def _typical(error: Tensor) -> float:
+def typical(error: Tensor) -> float:
+    """The 90th percentile over tokens of the largest error of a token: [..., token, width] to one number."""
     per_token = error.abs().amax(dim=-1).flatten()
     per_token = per_token[per_token.isfinite()]
     return float(per_token.quantile(0.9)) if per_token.numel() else float("nan")

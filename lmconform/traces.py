@@ -6,6 +6,7 @@ whichever implementation calls them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 MASKED = -5000.0  # additive masks lie below (-1e4 and less), saturated scores that underflow above
+
 
 @dataclass
 class Stream:
@@ -57,13 +59,15 @@ def stream(subject: Specimen, ids: Tensor) -> Stream | None:
 
         return hook
 
-    with hooked(*((block.register_forward_pre_hook(enters(i), with_kwargs=True)) for i, block in enumerate(blocks))):
-        with hooked(*(block.register_forward_hook(leaves(i)) for i, block in enumerate(blocks))):
-            logits = subject.logits(ids)
+    with (
+        hooked(*((block.register_forward_pre_hook(enters(i), with_kwargs=True)) for i, block in enumerate(blocks))),
+        hooked(*(block.register_forward_hook(leaves(i)) for i, block in enumerate(blocks))),
+    ):
+        logits = subject.logits(ids)
     order = sorted(after)
     if not order or order[0] not in before or any(state.shape != after[order[0]].shape for state in after.values()):
         return _given_stream(subject, ids)
-    if any(later in before and not _alike(after[index], before[later]) for index, later in zip(order, order[1:])):
+    if any(later in before and not _alike(after[index], before[later]) for index, later in itertools.pairwise(order)):
         return _given_stream(subject, ids)  # a list of parts that do not feed one another, as XLM's ffns
     return Stream(
         [f"the input of {name}.{order[0]}", *(f"{name}.{index}" for index in order)],

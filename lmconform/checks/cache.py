@@ -125,7 +125,7 @@ def check_reuse(subject: Specimen, ctx: Context) -> None:
             else "the copies share memory or state (a __deepcopy__ that copies references, tensors kept on the module)"
         )
 
-        first, second, third = ((cache,) * 3 if itself else tuple(_deep_copy(ctx, cache) for _ in range(3)))
+        first, second, third = (cache,) * 3 if itself else tuple(_deep_copy(ctx, cache) for _ in range(3))
         early_one, first = _step(subject, ctx, one[:, :1], first)
         early_two, second = _step(subject, ctx, two[:, :1], second)
         late_one, _ = _continue(subject, ctx, one[:, 1:], first)
@@ -245,9 +245,7 @@ def _ragged(ctx: Context, total: int, seed: int) -> list[int]:
     return sizes
 
 
-def _step(
-    subject: Specimen, ctx: Context, ids: Tensor, cache: Any, mask: Tensor | None = None
-) -> tuple[Tensor, Any]:
+def _step(subject: Specimen, ctx: Context, ids: Tensor, cache: Any, mask: Tensor | None = None) -> tuple[Tensor, Any]:
     """Logits and cache of one more piece; a cache that does not come back is a finding."""
     output = subject.forward(ids, cache=cache, use_cache=True, mask=mask)
     if output.cache is None:
@@ -302,10 +300,8 @@ def _reorder(subject: Specimen, ctx: Context, cache: Any, order: Tensor, way: st
         axes = [_batch_axis(a, b) for a, b in zip(small, large, strict=True)]
         return _picked(cache, order, iter(axes))
     method = getattr(cache, "reorder_cache", None)
-    if callable(method):
-        returned = method(order)
-    else:
-        returned = subject.module._reorder_cache(cache, order)  # type: ignore[operator]
+    own: Any = getattr(subject.module, "_reorder_cache", None)
+    returned = method(order) if callable(method) else own(cache, order)
     return cache if returned is None else returned
 
 

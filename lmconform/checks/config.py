@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lmconform import structure, tolerance
+from lmconform import tolerance
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 from lmconform.specimen import Specimen
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from lmconform.context import Context
 
@@ -44,7 +44,7 @@ class Knob:
 
     field: str
     value: Any
-    axis: str  # logits, train, cache, ties, or any
+    axis: str  # logits, train, cache, loss, ties, or any
     expected: bool = True
 
 
@@ -64,7 +64,7 @@ def check_knobs(subject: Specimen, ctx: Context) -> None:
     """
     build = _rebuilder(subject, ctx)
     base = _Axes(subject, build({}), ctx)
-    knobs = list(_knobs(subject.config))
+    knobs = [knob for knob in _knobs(subject.config) if knob.axis != "cache" or subject.can("cache")]
     if ctx.profile == "thorough":
         known = {knob.field for knob in knobs}
         knobs += [knob for knob in _others(subject.config) if knob.field not in known]
@@ -78,7 +78,8 @@ def check_knobs(subject: Specimen, ctx: Context) -> None:
             moved = base.moved(module, knob.axis)
         except Exception as error:
             if knob.expected:
-                ctx.note(f"{knob.field}={knob.value!r} cannot be tried ({type(error).__name__}: {first_line(error)[:80]})")
+                reason = f"{type(error).__name__}: {first_line(error)[:80]}"
+                ctx.note(f"{knob.field}={knob.value!r} cannot be tried ({reason})")
             continue
         tried += 1
         if not moved:
@@ -90,7 +91,7 @@ def check_knobs(subject: Specimen, ctx: Context) -> None:
     silent = [knob for knob in inert if knob.expected]
     if silent:
         effects = {"logits": "the logits", "train": "the logits in train mode", "cache": "whether a cache comes back",
-                   "ties": "which weights are shared"}  # fmt: skip
+                   "loss": "the loss", "ties": "which weights are shared"}  # fmt: skip
         first = silent[0]
         ctx.fail(
             f"config field {first.field} does nothing: {first.field}={first.value!r} instead of "
@@ -117,6 +118,8 @@ def _rebuilder(subject: Specimen, ctx: Context) -> Callable[[dict[str, Any]], nn
         changed = copy.deepcopy(whole)
         for name, value in changes.items():
             _set(_text_part(changed), name, value)
+            if _text_part(changed) is not changed and name in vars(changed):  # a composite has some fields twice
+                setattr(changed, name, value)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = type(subject.module)(changed)
@@ -241,7 +244,8 @@ def _knobs(config: Any) -> Iterator[Knob]:
         if isinstance(value, str):
             yield Knob(name, "relu" if value.lower() not in ("relu", "relu2", "relu_squared") else "silu", "logits")
     for name in BASE:
-        if isinstance(value := _value(config, name), int | float) and not isinstance(value, bool):
+        value = _value(config, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and _rotates(config):
             yield Knob(name, float(value) / 64, "logits")
     for name in SOFTCAP:
         if isinstance(value := _value(config, name), int | float) and not isinstance(value, bool):
@@ -250,17 +254,37 @@ def _knobs(config: Any) -> Iterator[Knob]:
         if isinstance(value := _value(config, name), int | float) and not isinstance(value, bool):
             yield Knob(name, value * 2 if value else 2.0, "logits")
     for name in SWITCH:
-        if isinstance(value := _value(config, name), bool):
+        if isinstance(value := _value(config, name), bool) and (name != "norm_topk_prob" or _routes(config)):
             yield Knob(name, not value, "logits")
     if _windowed(config):
         yield Knob("sliding_window", max(1, _value(config, "sliding_window") // 4), "logits")
     for name in DROPOUT:
         if isinstance(value := _value(config, name), int | float) and not isinstance(value, bool):
             yield Knob(name, 0.5 if value != 0.5 else 0.1, "train")
+    value = _value(config, "output_router_logits")
+    if isinstance(value, bool) and _value(config, "router_aux_loss_coef") and _routes(config):
+        yield Knob("output_router_logits", not value, "loss")
     if isinstance(value := _value(config, "use_cache"), bool):
         yield Knob("use_cache", not value, "cache")
     if isinstance(value := _value(config, "tie_word_embeddings"), bool):
         yield Knob("tie_word_embeddings", not value, "ties")
+
+
+def _rotates(config: Any) -> bool:
+    """Whether nothing that the config states switches rotation off or overrides its base."""
+    if _value(config, "layer_rope_theta") or _value(config, "use_mem_rope") is False:
+        return False
+    if _value(config, "qk_rope_head_dim") == 2:  # one pair turns by one radian a position, whatever the base
+        return False
+    named = "position_embedding_type" in (config if isinstance(config, dict) else vars(config))
+    return not named or _value(config, "position_embedding_type") == "rope"
+
+
+def _routes(config: Any) -> bool:
+    """Whether a router of experts is in use, with more than one expert a token."""
+    each = next((n for n in ("num_experts_per_tok", "top_k_experts", "moe_topk") if _value(config, n)), None)
+    scored_apart = _value(config, "expert_selection_fn") == "softmax"  # over the chosen experts: normalised as it is
+    return _value(config, "is_moe") is not False and not scored_apart and each is not None and _value(config, each) != 1
 
 
 def _windowed(config: Any) -> bool:

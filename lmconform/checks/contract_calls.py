@@ -13,13 +13,13 @@ from lmconform.conventions import ConventionError, first_line, shapes
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
 TABLE_MARGIN = 16  # rows that a position table may have beyond the stated context (OPT has 2, fairseq pads to 8)
-EXPLAINING = ("vocab", "token", "length", "context", "position", "empty", "exceed", "range of", "dtype", "float", "long")
+EXPLAINING = ("vocab", "token", "length", "context", "position", "empty", "exceed", "dtype", "float", "long")
 
 
 @register_check(
@@ -40,8 +40,11 @@ def check_inputs_untouched(subject: Specimen, ctx: Context) -> None:
             before = {name: _Snapshot(tensor, tensor.clone(), tensor._version, tensor.requires_grad)
                       for name, tensor in _leaves(given)}  # fmt: skip
             train = case.given == "labels"
-            subject.forward(given.get("ids"), **{key: value for key, value in given.items() if key != "ids"},
-                            train=train)  # fmt: skip
+            others = {key: value for key, value in given.items() if key != "ids"}
+            try:
+                subject.forward(given.get("ids"), **others, train=train)
+            except Exception as error:  # whether the input works is for its own family to say
+                ctx.note(f"a call with {', '.join(others) or 'ids'} raised {type(error).__name__}")
             for name, snapshot in before.items():
                 if change := snapshot.change():
                     ctx.fail(
@@ -98,12 +101,19 @@ def _calls(subject: Specimen, ctx: Context, given: str) -> Iterator[dict[str, An
         if convention.labels_shifted:
             labels[1, : time // 3] = -100
         yield {"ids": ids, "labels": labels}
-    elif given == "embeds" and subject.can("embeds"):
+    elif given == "embeds" and subject.can("embeds") and _looks_up(subject):
         yield {"embeds": subject.embed(ids).detach().clone()}
     elif given == "cache" and subject.can("cache"):
         cache = subject.forward(ids[:, :-3], use_cache=True).cache
         if isinstance(cache, tuple) and next(_leaves({"cache": cache}), None) is not None:
             yield {"ids": ids[:, -3:], "cache": cache, "use_cache": True}
+
+
+def _looks_up(subject: Specimen) -> bool:
+    """Whether the token embedding can be called: several code streams have a list of tables."""
+    from torch import nn
+
+    return not isinstance(structure.embedding(subject.module, subject.vocab_size), nn.ModuleList)
 
 
 def _leaves(given: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -139,6 +149,9 @@ def check_mode_kept(subject: Specimen, ctx: Context) -> None:
     module = copied.module
     ids = ctx.ids(2, subject.longest(12))
     frozen = next(iter(module.parameters()), None)
+    found_dtype, found_random = torch.get_default_dtype(), (random.getstate(), numpy.random.get_state())
+    # an earlier call may already have left its mark: start from a default of our own
+    dtype = torch.float64 if subject.dtype == torch.float64 else torch.float32
     for case in ctx.cases():
         module.train(case.mode in ("train", "mixed"))
         if case.mode == "mixed":
@@ -148,16 +161,21 @@ def check_mode_kept(subject: Specimen, ctx: Context) -> None:
             frozen.requires_grad_(case.mode != "mixed")
         modes = {name: part.training for name, part in module.named_modules()}
         trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-        state = (torch.get_rng_state(), random.getstate(), _numpy_state(numpy))
-        dtype, grad = torch.get_default_dtype(), case.mode != "no_grad"
-        with torch.set_grad_enabled(grad):
-            try:
+        grad = case.mode != "no_grad"
+        torch.rand(3), random.random(), numpy.random.random()  # away from where a fixed seed would lead
+        states = _random_states()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.set_grad_enabled(grad):
                 copied.convention.run(module, ids)
                 left_grad = torch.is_grad_enabled()
-            finally:
-                left_dtype = torch.get_default_dtype()
-                torch.set_default_dtype(dtype)
-        if switched := [name for name, part in module.named_modules() if modes.get(name, part.training) != part.training]:
+            left_dtype, left_states = torch.get_default_dtype(), _random_states()
+        finally:
+            torch.set_default_dtype(found_dtype)
+            random.setstate(found_random[0])
+            numpy.random.set_state(found_random[1])
+        now = dict(module.named_modules())
+        if switched := [name for name, mode in modes.items() if name in now and now[name].training != mode]:
             was = "train" if modes[switched[0]] else "eval"
             ctx.fail(
                 f"a forward switched {len(switched)} of {len(modes)} modules out of {was} mode",
@@ -181,21 +199,26 @@ def check_mode_kept(subject: Specimen, ctx: Context) -> None:
                 hint="torch.set_default_dtype() inside forward() is never set back",
             )
         if case.mode in ("eval", "no_grad"):
-            for name, before, now in zip(
-                ("torch's", "Python's", "numpy's"), state, (torch.get_rng_state(), random.getstate(), _numpy_state(numpy)),
-                strict=True,
-            ):  # fmt: skip
-                if not (torch.equal(before, now) if isinstance(before, torch.Tensor) else before == now):
-                    ctx.fail(
-                        f"a forward in eval mode moved {name} global random state",
-                        hint="random numbers are drawn, or a seed is set, in forward(): draw only in training, "
-                        "from a generator of its own",
-                    )
+            for name in (name for name in states if states[name] != left_states[name]):
+                ctx.fail(
+                    f"a forward in eval mode moved {name} global random state",
+                    hint="random numbers are drawn, or a seed is set, in forward(): draw only in training, "
+                    "from a generator of its own",
+                )
 
 
-def _numpy_state(numpy: Any) -> tuple[Any, ...]:
-    kind, keys, *rest = numpy.random.get_state()
-    return (kind, keys.tobytes(), *rest)
+def _random_states() -> dict[str, bytes]:
+    import pickle
+    import random
+
+    import numpy
+    import torch
+
+    return {
+        "torch's": torch.get_rng_state().numpy().tobytes(),
+        "Python's": pickle.dumps(random.getstate()),
+        "numpy's": pickle.dumps(numpy.random.get_state()),
+    }
 
 
 BAD = ("id_too_large", "id_negative", "float_ids", "empty", "too_long")
@@ -246,13 +269,33 @@ def _garbage(logits: Tensor) -> str:
 
 
 def _id_too_large(subject: Specimen, ctx: Context) -> Attempt:
-    table = structure.embedding(subject.module, subject.vocab_size)
-    rows = max(subject.vocab_size, int(getattr(table, "num_embeddings", 0) or 0))  # padded tables: rows are legal ids
     ids = ctx.ids(1, 4).cpu()
+    rows = max([subject.vocab_size, *_rows_for(subject, ids)])  # padded tables, a start token: rows are legal ids
     ids[0, 1] = rows
     what = f"token id {rows} (the vocabulary ends at {rows - 1})"
     hint = "ids are clamped or taken modulo the vocabulary: an off-by-one in the tokenizer or its size stays unseen"
     return what, lambda: subject.logits(ids), _garbage, hint
+
+
+def _rows_for(subject: Specimen, ids: Tensor) -> list[int]:
+    """Rows of the tables that a forward looks these very ids up in."""
+    import torch
+
+    rows: list[int] = []
+
+    def looked_up(module: nn.Module, args: tuple[Any, ...]) -> None:
+        given = args[0].flatten() if args and isinstance(args[0], torch.Tensor) else None
+        if given is not None and torch.equal(given[-ids.numel() :].long(), ids.flatten()):  # a prompt may come before
+            rows.append(int(getattr(module, "num_embeddings", 0)))
+
+    tables = [part for part in subject.module.modules() if isinstance(part, torch.nn.Embedding)]
+    hooks = [table.register_forward_pre_hook(looked_up) for table in tables]
+    try:
+        subject.logits(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return rows
 
 
 def _id_negative(subject: Specimen, ctx: Context) -> Attempt:
@@ -286,7 +329,11 @@ def _too_long(subject: Specimen, ctx: Context) -> Attempt | None:
     context = subject.context_length
     if context is None or context > 4096:
         return None
-    within = constant_inputs(subject, context)
+    try:
+        within = constant_inputs(subject, context)
+    except Exception as error:
+        ctx.note(f"the stated context of {context} tokens is not taken ({type(error).__name__}), let alone more")
+        return None
     if within is None or not _positions_differ(within):
         return None
     time = context + TABLE_MARGIN + 1

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     needs=("embeds",),
     requires=("contract.shape", "contract.finite", "contract.repeatable"),
     profile="smoke",
-    space={"batch": Span(1, 3), "time": Span(1, 64), "past": Span(0, 64), "mask": Choice("none", "ones")},
+    space={"batch": Span(1, 3), "time": Span(1, 64), "past": Span(0, 64), "mask": Choice("none", "ones", "padded")},
     grid=(
         {"batch": 1, "time": 1, "past": 0, "mask": "none"},
         {"batch": 2, "time": 40, "past": 0, "mask": "none"},
-        {"batch": 2, "time": 7, "past": 0, "mask": "ones"},
+        {"batch": 2, "time": 9, "past": 0, "mask": "padded"},
         {"batch": 2, "time": 1, "past": 20, "mask": "none"},
         {"batch": 2, "time": 3, "past": 14, "mask": "ones"},
     ),
 )
 def check_equal(subject: Specimen, ctx: Context) -> None:
-    """The token embedding's own rows are given as inputs_embeds, alone and on top of a cache made from ids."""
+    """The token embedding's own rows are given as inputs_embeds, alone, left-padded and on a cache made from ids."""
     import torch
 
     for case in ctx.cases():
@@ -36,7 +36,9 @@ def check_equal(subject: Specimen, ctx: Context) -> None:
         total = subject.longest(past + case.time)
         past = min(past, total - 1)
         ids = ctx.ids(case.batch, total)
-        given = torch.ones_like(ids) if case.mask == "ones" and subject.can("mask") else None
+        given = torch.ones_like(ids) if case.mask != "none" and subject.can("mask") else None
+        if given is not None and case.mask == "padded":
+            given[0, : min(3, total - 1)] = 0  # the first row is left-padded
         rest = ids[:, past:]
         with torch.no_grad():
             embeds = subject.embed(rest)
@@ -51,10 +53,12 @@ def check_equal(subject: Specimen, ctx: Context) -> None:
                 given = given[:, past:]  # a recurrent state has no past keys: its mask covers new tokens only
             by_ids = subject.logits(rest, mask=given, cache=caches[0], use_cache=True)
             by_embeds = subject.logits(embeds=embeds, mask=given, cache=caches[1], use_cache=True)
+        if given is not None:  # what comes out at padding means nothing
+            by_ids, by_embeds = (out * given[:, -rest.shape[1] :, None] for out in (by_ids, by_embeds))
         ctx.equal(
             by_embeds, by_ids,
             "logits of inputs_embeds differ from those of the input_ids they stand for" + " on a cache" * (past > 0),
             where=f"{rest.shape[1]} tokens after {past} cached ones" if past else f"{rest.shape[1]} tokens",
             hint="whatever is done to the token embeddings (scale, positions, dropout, normalisation, a sequence "
-            "length read from input_ids) must be done on both paths: look at the branch on inputs_embeds",
+            "length or a mask read from input_ids) must be done on both paths: look at the branch on inputs_embeds",
         )  # fmt: skip

@@ -9,29 +9,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from lmconform import structure
+from lmconform import structure, tolerance
+from lmconform.specimen import Specimen
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from lmconform.specimen import Specimen
 
 
 class _Caught(BaseException):
     """Stops a forward at the first block. No Exception, so that no model swallows it."""
 
 
-def blocks(subject: Specimen) -> list[nn.Module] | None:
-    """The repeated blocks that a forward on token ids calls, in order; None where there are none to be found.
+_found: WeakKeyDictionary[Specimen, list[nn.Module] | str] = WeakKeyDictionary()
 
-    A composite model has several stacks (a vision tower): the one that takes part counts.
+
+def blocks(subject: Specimen) -> list[nn.Module] | str:
+    """The repeated blocks that a forward on token ids calls, in order; or, in words, why there are none.
+
+    A composite model has several stacks (a vision tower): the one that takes part counts. Only whole blocks count:
+    where all of them hand their input on, no token may feel another.
     """
+    if subject not in _found:
+        _found[subject] = _find(subject)
+    return _found[subject]
+
+
+def _find(subject: Specimen) -> list[nn.Module] | str:
     from torch import nn
 
     named = structure.blocks(subject.module)
     if named is None:
-        return None
+        return "no list of blocks was found"
     candidates = [named[1]]
     candidates += [
         part
@@ -39,22 +49,30 @@ def blocks(subject: Specimen) -> list[nn.Module] | None:
         if isinstance(part, nn.ModuleList) and len(part) > 0 and part is not named[1]
         and len({type(child) for child in part}) == 1
     ]  # fmt: skip
-    called: dict[int, list[nn.Module]] = {}
-    hooks = []
-    for index, stack in enumerate(candidates):
-        for block in stack:
-            hooks.append(block.register_forward_pre_hook(lambda m, a, i=index: called.setdefault(i, []).append(m)))
+    called: list[list[int]] = [[] for _ in candidates]
+    hooks = [
+        block.register_forward_pre_hook(lambda module, args, i=index: called[i].append(id(module)))
+        for index, stack in enumerate(candidates)
+        for block in stack
+    ]
     try:
         subject.logits(subject.probe_ids(1, 4))
     finally:
         for hook in hooks:
             hook.remove()
-    for index, stack in enumerate(candidates):
-        if [id(m) for m in called.get(index, [])] == [id(m) for m in stack]:
+    for stack, order in zip(candidates, called, strict=True):
+        if order == [id(block) for block in stack] and _whole(subject, list(stack)):
             return list(stack)
-        if index == 0 and index in called:
-            return None  # blocks that run more than once, or not in their order: no one of them can be taken alone
-    return None
+    return "no list of whole blocks was found that a forward calls once each, in order"
+
+
+def _whole(subject: Specimen, stack: list[nn.Module]) -> bool:
+    ids = subject.probe_ids(2, 6)
+    ids[1, 1:] = ids[0, 1:]
+    ids[1, 0] = next(token for token in subject.ordinary_ids if token != int(ids[0, 0]))
+    with alone(stack, None):
+        logits = subject.logits(ids)
+    return float((logits[0, 1:] - logits[1, 1:]).abs().max()) <= tolerance.allowed(subject.noise, logits)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | int, Tensor] | None:
@@ -78,7 +96,7 @@ def block_input(subject: Specimen, input_ids: Tensor, **inputs: Any) -> Tensor |
     None where no blocks are found or their input cannot be told.
     """
     stack = blocks(subject)
-    if stack is None:
+    if isinstance(stack, str):
         return None
     caught: list[Tensor] = []
 
@@ -111,8 +129,8 @@ def constant_inputs(subject: Specimen, time: int) -> Tensor | None:
 
 
 @contextmanager
-def alone(stack: list[nn.Module], index: int = 0) -> Iterator[list[Tensor]]:
-    """Within it, every block but `index` hands its input on unchanged.
+def alone(stack: list[nn.Module], index: int | None = 0) -> Iterator[list[Tensor]]:
+    """Within it, every block but `index` (None: every block) hands its input on unchanged.
 
     Yields a list that each forward appends block `index`'s input to, as a leaf that takes a gradient where gradients
     are on.
@@ -141,13 +159,15 @@ def alone(stack: list[nn.Module], index: int = 0) -> Iterator[list[Tensor]]:
         if isinstance(output, torch.Tensor):
             return found[1]
         if isinstance(output, tuple | list) and output:
-            return type(output)((found[1], *output[1:]))
+            make = getattr(type(output), "_make", type(output))  # named tuples take their fields one by one
+            try:
+                return make((found[1], *output[1:]))
+            except TypeError:  # a tuple of a class of its own
+                return (found[1], *output[1:])
         return None
 
-    hooks = [stack[index].register_forward_pre_hook(catch, with_kwargs=True)]
-    hooks += [
-        block.register_forward_hook(pass_on, with_kwargs=True) for i, block in enumerate(stack) if i != index
-    ]
+    hooks = [] if index is None else [stack[index].register_forward_pre_hook(catch, with_kwargs=True)]
+    hooks += [block.register_forward_hook(pass_on, with_kwargs=True) for i, block in enumerate(stack) if i != index]
     try:
         yield inputs
     finally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
@@ -18,9 +16,8 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 REQUIRES = ("contract.shape", "contract.finite", "contract.repeatable")
-STEPS = (1e-3, 1e-4, 1e-5, 1e-6)  # relative to each parameter's own RMS
-SHARP = 1e-6  # a finite difference this sure of itself needs no smaller step
-BLUNT = 0.05  # one less sure than this decides nothing
+VANISHED = 1e-6
+UNEVEN = 10.0  # blocks of different kind differ tenfold; a residual stream that adds up grows in proportion to depth
 RETRIES = 3  # other random weights under which a parameter may be reached after all
 
 
@@ -45,89 +42,25 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
         ctx.not_applicable("no parameter is trainable")
     ids = ctx.ids(4, subject.longest(40))
     grads = projected_gradients(quiet, ctx, ids)
-    for name, grad in grads.items():
-        if grad is not None and not bool(grad.isfinite().all()):
-            ctx.fail(
-                f"gradient of {name} has {int((~grad.isfinite()).sum())} NaN or infinite entries",
-                where=name,
-                hint="a division by zero or sqrt(0) whose branch torch.where() hides forward, but not backward",
-            )
+    broken = [name for name, grad in grads.items() if grad is not None and not bool(grad.isfinite().all())]
+    if broken:
+        ctx.fail(
+            f"gradients are NaN or infinite, of {len(broken)} parameters; the last in the model is {broken[-1]}",
+            where=f"{broken[-1]}; what comes before it inherits the fault",
+            hint="a division by zero or a sqrt(0) whose branch torch.where() hides forward, but not backward",
+        )
     suspects = unreached(quiet, grads)
     for attempt in range(RETRIES if suspects else 0):
-        other = quiet.copy()
-        excite(other.module, subject.seed + 1000 + attempt)
+        seed = subject.seed + 1000 + attempt
+        other = without_dropout(subject.fresh(seed)) if subject.can("rebuild") else quiet.copy()
+        excite(other.module, seed)
         found = unreached(other, projected_gradients(other, ctx, ctx.ids(8, subject.longest(64), salt=attempt + 1)))
-        suspects = {name: rows for name, rows in suspects.items() if name in found}
+        suspects = still_unreached(suspects, found)
         if not suspects:
             break
     if suspects:
         judge_suspects(subject, ctx, quiet, suspects, grads, ids)
     check_frozen_stay(ctx, quiet, ids, grads)
-
-
-@register_check(
-    "gradients.correct",
-    holds="directional derivative equals finite differences in float64, per parameter group",
-    requires=REQUIRES,
-)
-def check_correct(subject: Specimen, ctx: Context) -> None:
-    """Central differences with Richardson's extrapolation, per block and per role, in a float64 copy.
-
-    Parts that cast to float32 inside (norms, rotary angles) are kept in float64 by a function mode where that works;
-    what rounding is left is measured, and the bound is that noise over the step plus the extrapolation's own
-    correction. Of several steps the surest counts. Source: finite-difference gradient checks as in torch.autograd.gradcheck.
-    """
-    import torch
-
-    wide = subject.copy() if subject.dtype == torch.float64 else subject.twin()
-    if wide is None:
-        ctx.not_applicable("the model does not run in float64, where finite differences are sharp enough")
-        raise AssertionError("unreachable")
-    wide = without_dropout(wide)
-    ids = ctx.ids(2, subject.longest(20))
-    weights = projection(wide, ctx, ids)
-    with everything_in_float64(wide, ids):
-        grads = projected_gradients(wide, ctx, ids, train=False)
-        parameters = {name: p for name, p in wide.module.named_parameters() if grads.get(name) is not None}
-        directions = {name: direction(p, ctx, index) for index, (name, p) in enumerate(parameters.items())}
-        originals = {name: p.detach().clone() for name, p in parameters.items()}
-
-        def value(names: list[str], step: float) -> float:
-            with torch.no_grad():
-                for name in names:
-                    parameters[name].copy_(originals[name] + step * directions[name])
-                total = (wide.logits(ids).double() * weights).sum()
-                for name in names:
-                    parameters[name].copy_(originals[name])
-            return float(total)
-
-        names = list(parameters)
-        base = value(names, 0.0)
-        noise = max(
-            tolerance.epsilon(torch.float64) * float((wide.logits(ids).double() * weights).abs().sum()),
-            *(abs(value(names, t) - 2 * base + value(names, -t)) for t in (1e-9, 2e-9, 3e-9)),
-        )
-        undecided = []
-        groups = parameter_groups(wide.module, names)
-        for group, members in groups.items():
-            products = [float((grads[name] * directions[name]).sum()) for name in members]
-            stated = sum(products)
-            scale = max(sum(product * product for product in products) ** 0.5, noise)
-            measured, bound = surest_difference(lambda step, m=members: value(m, step), noise, scale)
-            if not bound <= BLUNT * scale and not abs(measured - stated) > 100 * bound:
-                undecided.append(group)
-                continue
-            ctx.within(
-                abs(measured - stated) / scale, bound / scale,
-                f"gradient of {group} disagrees with finite differences of the logits (relative)",
-                where=f"{group}: backward() says {stated:.6g}, finite differences {measured:.6g}",
-                hint="a part of the forward pass is hidden from autograd or replaced in it: detach(), .data, "
-                "no_grad(), a straight-through rounding, a hand-written backward(), a hook that scales gradients",
-            )  # fmt: skip
-    if len(undecided) == len(groups):
-        ctx.not_applicable("finite differences decide nothing: the model is not smooth enough, even in float64")
-    if undecided:
-        ctx.note(f"not smooth enough to decide: {', '.join(undecided)}")
 
 
 @register_check(
@@ -209,13 +142,34 @@ def check_magnitude(subject: Specimen, ctx: Context) -> None:
     loss = (logits.logsumexp(-1) - logits.gather(-1, labels[..., None])[..., 0]).mean()
     owners = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
     parameters = [p for owner in owners for p in owner]
+    if not all(owners):
+        ctx.not_applicable(f"not every block of {prefix} has trainable parameters")
     grads = dict(zip(map(id, parameters), torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
     norms = []
     for owner in owners:
         squares = [float(g.double().square().sum()) for p in owner if (g := grads[id(p)]) is not None]
         norms.append(sum(squares) ** 0.5)
-    where = "gradient norms by block: " + ", ".join(f"{norm:.2e}" for norm in norms)
-    ctx.note(where)
+    profile = "gradient norms by block: " + " ".join(f"{norm:.3g}" for norm in norms)
+    top, names = max(norms), [f"{prefix}.{index}" for index in range(len(norms))]
+    for name, norm in zip(names, norms, strict=True):
+        if not norm < float("inf"):
+            ctx.fail("the gradient at initialisation is NaN or infinite", where=f"{name}; {profile}")
+        ctx.within(
+            top / norm if norm else float("inf"), 1 / VANISHED,
+            "the gradient vanishes in a block at initialisation (norm of the largest block over norm of this one)",
+            where=f"{name}; {profile}",
+            hint="a saturated softmax or gate, a residual that is scaled away, or a block that is cut off by detach()",
+        )  # fmt: skip
+    ratio = norms[0] / norms[-1]
+    ctx.within(
+        max(ratio, 1 / ratio), UNEVEN * len(norms),
+        f"gradients {'explode' if ratio > 1 else 'vanish'} from the last block back to the first at initialisation "
+        "(ratio of their norms)",
+        where=profile,
+        hint="the residual stream is multiplied from block to block (a residual added twice or scaled), a norm is "
+        "missing, or the first and last block start with very different weights",
+    )  # fmt: skip
+    ctx.note(profile)
 
 
 # -- running backward ----------------------------------------------------------------------------------------------
@@ -252,9 +206,7 @@ def projection(subject: Specimen, ctx: Context, ids: Tensor) -> Tensor:
     return (drawn / drawn.numel() ** 0.5).to(ids.device)
 
 
-def projected_gradients(
-    subject: Specimen, ctx: Context, ids: Tensor, train: bool = True
-) -> dict[str, Tensor | None]:
+def projected_gradients(subject: Specimen, ctx: Context, ids: Tensor, train: bool = True) -> dict[str, Tensor | None]:
     """Gradient of the random projection of all logits, by trainable parameter; None where there is none."""
     subject.module.zero_grad(set_to_none=True)
     logits = subject.logits(ids, train=train, grad=True)
@@ -320,6 +272,18 @@ def unreached(subject: Specimen, grads: dict[str, Tensor | None]) -> dict[str, l
     return found
 
 
+def still_unreached(before: dict[str, list[int]], now: dict[str, list[int]]) -> dict[str, list[int]]:
+    """What was unreached both times; of a parameter only the rows that were."""
+    left: dict[str, list[int]] = {}
+    for name, rows in before.items():
+        if name not in now:
+            continue
+        both = sorted(set(rows) & set(now[name])) if rows and now[name] else rows or now[name]
+        if both or not (rows or now[name]):
+            left[name] = both
+    return left
+
+
 def judge_suspects(
     subject: Specimen,
     ctx: Context,
@@ -337,7 +301,7 @@ def judge_suspects(
     moved = quiet.copy()
     parameters = dict(moved.module.named_parameters())
     excused: dict[str, list[str]] = {"invariant": [], "other modality": []}
-    findings: list[tuple[int, str, str, str, float]] = []
+    findings: list[tuple[int, int, str, str, str]] = []
     for index, (name, rows) in enumerate(suspects.items()):
         parameter = parameters[name]
         if text is not None and name not in text and grads[name] is None:
@@ -357,33 +321,35 @@ def judge_suspects(
             parameter.copy_(original)
         what = f"{len(rows)} of {len(original)} output rows of {name} get" if rows else f"{name} gets"
         place = name + (f" (rows {', '.join(map(str, rows[:6]))}{', ...' if len(rows) > 6 else ''})" if rows else "")
+        order = index - 2 * parameter.dim()  # matrices before the biases beside them
         if change > bound:
             findings.append((
-                0, f"{what} no gradient, although moving the values moves the logits", place,
+                0, order, f"{what} no gradient, although moving the values moves the logits", place,
                 "autograd is cut on the way: detach(), .data, no_grad(), argmax or rounding between this parameter "
-                "and the logits", change,
+                "and the logits",
             ))  # fmt: skip
         elif grads[name] is None:
             findings.append((
-                1, f"{name} gets no gradient: forward() never uses it", place,
+                1, order, f"{name} gets no gradient: forward() never uses it", place,
                 "a layer that was built and is not called, or whose result is not used; remove it, call it, or state "
-                "that it is unused with requires_grad_(False)", change,
+                "that it is unused with requires_grad_(False)",
             ))  # fmt: skip
         elif parameter.dim() <= 1 and name.rpartition(".")[2].endswith("bias"):
             excused["invariant"].append(name)
         else:
             findings.append((
-                2, f"{what} no gradient, and moving the values moves no logit: a dead parameter", place,
-                "its branch is multiplied by 0, gated off, masked out or overwritten further on", change,
+                2, order, f"{what} no gradient, and moving the values moves no logit: a dead parameter", place,
+                "its branch is multiplied by 0, gated off, masked out or overwritten further on",
             ))  # fmt: skip
+    if findings:
+        findings.sort()
+        _, _, message, place, hint = findings[0]
+        others = [finding[3] for finding in findings[1:]]
+        more = f"; {len(others)} more: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}" if others else ""
+        ctx.fail(message, where=place + more, hint=hint)
     for reason, names in excused.items():
         if names:
             ctx.note(f"without a gradient, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
-    if findings:
-        _, message, place, hint, _ = min(findings)
-        others = [finding[2] for finding in sorted(findings)[1:5]]
-        rest = f"; so do {len(findings) - 1} others: {', '.join(others)}" if others else ""
-        ctx.fail(message, where=place + rest, hint=hint)
 
 
 def parameters_fed_by_text(subject: Specimen) -> set[str] | None:
@@ -427,81 +393,3 @@ def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[s
                 where=name,
                 hint="a custom backward() mixes up its inputs where one of them needs no gradient",
             )
-
-
-# -- finite differences --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def everything_in_float64(subject: Specimen, ids: Tensor) -> Iterator[None]:
-    """Casts to float32 inside the model give float64, if the model runs that way; otherwise without effect."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-
-    class Widen(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.Tensor.float:
-                return args[0].double()
-            args = tuple(torch.float64 if _is(arg, narrow) else arg for arg in args)
-            kwargs = {key: torch.float64 if _is(arg, narrow) else arg for key, arg in (kwargs or {}).items()}
-            return func(*args, **kwargs)
-
-    default = torch.get_default_dtype()
-    mode: Any = Widen()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with mode:
-            subject.logits(ids)
-    except Exception:  # then rounding to float32 inside is measured as noise instead
-        torch.set_default_dtype(default)
-        yield
-        return
-    try:
-        with mode:
-            yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-def _is(value: Any, dtypes: tuple[Any, ...]) -> bool:
-    return any(value is dtype for dtype in dtypes)
-
-
-def direction(parameter: Tensor, ctx: Context, index: int) -> Tensor:
-    """A random direction of the parameter's own size."""
-    import torch
-
-    drawn = torch.randn(parameter.shape, generator=ctx.generator(23, index), dtype=torch.float64)
-    size = float(parameter.detach().double().square().mean().sqrt()) or 0.1
-    return (drawn * size).to(parameter)
-
-
-def surest_difference(value: Any, noise: float, scale: float) -> tuple[float, float]:
-    """Derivative at 0 of `value(step)` by extrapolated central differences, and its own bound; the surest step's."""
-    best = (float("nan"), float("inf"))
-    for step in STEPS:
-        coarse = (value(step) - value(-step)) / (2 * step)
-        fine = (value(step / 2) - value(-step / 2)) / step
-        bound = tolerance.FACTOR * noise / step + abs(fine - coarse)
-        if bound < best[1]:
-            best = ((4 * fine - coarse) / 3, bound)
-        if best[1] <= SHARP * scale:
-            break
-    return best
-
-
-def parameter_groups(module: nn.Module, names: list[str]) -> dict[str, list[str]]:
-    """Parameters by block, by role within the blocks, and the rest by module."""
-    found = structure.blocks(module)
-    prefix = found[0] + "." if found else None
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        if prefix and name.startswith(prefix):
-            index, _, rest = name.removeprefix(prefix).partition(".")
-            groups.setdefault(f"block {index}", []).append(name)
-            groups.setdefault(f"{rest.partition('.')[0]} of every block", []).append(name)
-        else:
-            groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    return groups

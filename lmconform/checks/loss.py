@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
+from lmconform.checks.cross_entropy import IGNORED, cross_entropy, explain, rounding
 from lmconform.conventions import first_line, parameters_of
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmconform.cases import Case
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
 REQUIRES = ("contract.shape", "contract.finite")
-IGNORED = -100
 AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient")
 
 
@@ -157,9 +156,7 @@ def check_accumulation(subject: Specimen, ctx: Context) -> None:
         on_logits = points[0] is logits
         actual: list[Any] = [torch.zeros_like(point) for point in points]
         for part in rows:
-            loss, own = net_loss(
-                subject, ctx, ids[part], labels[part], grad=True, extra={"num_items_in_batch": items}
-            )
+            loss, own = net_loss(subject, ctx, ids[part], labels[part], grad=True, extra={"num_items_in_batch": items})
             grads = torch.autograd.grad(loss, [own] if on_logits else points, allow_unused=True)
             for index, grad in enumerate(grads):
                 if grad is not None and on_logits:
@@ -173,7 +170,7 @@ def check_accumulation(subject: Specimen, ctx: Context) -> None:
             ctx, points, actual, expected, allowed, axes,
             "gradients of micro-batches that are given num_items_in_batch do not add up to those of one batch",
             "their sum is {ratio:.3g} times as long",
-            "with num_items_in_batch the loss must be the sum over labels divided by it, not the micro-batch's own mean",
+            "with num_items_in_batch the loss is the sum over labels divided by it, not the micro-batch's own mean",
         )  # fmt: skip
 
 
@@ -216,7 +213,7 @@ def draw_labels(subject: Specimen, ctx: Context, ids: Tensor, kind: str, ignored
     """Labels [batch, time] drawn apart from the ids."""
     import torch
 
-    labels = ctx.ids(*ids.shape, salt=7)
+    labels = ctx.ids(ids.shape[0], ids.shape[1], salt=7)
     if kind == "special":
         special = [*structure.special_ids(subject.module).values(), 0, subject.vocab_size - 1]
         special = [token for token in dict.fromkeys(special) if token < subject.vocab_size]
@@ -238,115 +235,11 @@ def draw_labels(subject: Specimen, ctx: Context, ids: Tensor, kind: str, ignored
 
 def unequal_labels(subject: Specimen, ctx: Context, ids: Tensor, ignored: int) -> Tensor:
     """Labels [4, time] of which the rows keep very different numbers: all, one, half, two."""
-    labels = ctx.ids(*ids.shape, salt=7)
+    labels = ctx.ids(ids.shape[0], ids.shape[1], salt=7)
     time = ids.shape[1]
     for row, kept in enumerate((time, 1, time // 2, 2)):
         labels[row, : time - kept] = ignored
     return labels
-
-
-# -- the reference -------------------------------------------------------------------------------------------------
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, shifted: bool, ignored: int) -> Tensor:
-    """Mean over the labels that count, float64, differentiable, without torch's own cross_entropy."""
-    if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    lost, live = token_losses(logits, labels, ignored)
-    return lost.sum() / live.sum()
-
-
-def token_losses(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-    """-log p of each label, 0 where it does not count, and where it counts."""
-    wide = logits.double()
-    live = labels != ignored
-    chosen = wide.gather(-1, labels.clamp(0, wide.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    return (wide.logsumexp(-1) - chosen) * live, live
-
-
-def rounding(loss: Tensor, logits: Tensor) -> float:
-    """The bound for the loss: the suite's factor times one unit in the last place of its largest term, a logit."""
-    return tolerance.FACTOR * tolerance.epsilon(loss.dtype) * max(1.0, float(logits.detach().abs().max()))
-
-
-def explain(
-    subject: Specimen, loss: Tensor, logits: Tensor, labels: Tensor, ignored: int, within: float
-) -> tuple[str, str]:
-    """Which common mistake gives exactly this loss: the hint, and words for the message. Empty words where none."""
-    value = float(loss.detach())
-    logits = logits.detach()
-    lost, live = token_losses(logits[:, :-1], labels[:, 1:], ignored)
-    straight, straight_live = token_losses(logits, labels, ignored)
-    twice, twice_live = token_losses(logits[:, :-2], labels[:, 2:], ignored)
-    back, back_live = token_losses(logits[:, 1:], labels[:, :-1], ignored)
-    shifted = subject.convention.labels_shifted
-    if not shifted:  # the caller has shifted: none is right, one is one too many
-        lost, live, twice, twice_live = straight, straight_live, lost, live
-    rows = lost.sum(-1) / live.sum(-1)
-    candidates: list[tuple[Any, str, str]] = []
-    if shifted:
-        candidates.append((
-            straight.sum() / straight_live.sum(),
-            "it equals the one without the shift",
-            "position t must be compared with label t + 1: logits[:, :-1] with labels[:, 1:]; as it stands the model "
-            "learns to copy its input",
-        ))  # fmt: skip
-    candidates += [
-        (
-            twice.sum() / twice_live.sum(),
-            "it equals the one with one shift too many",
-            "labels are shifted by the caller and again in the model (or twice in the model): shift once",
-        ),
-        (
-            back.sum() / back_live.sum(),
-            "it equals the one shifted the wrong way",
-            "position t is compared with label t - 1, which it has seen: logits[:, :-1] with labels[:, 1:]",
-        ),
-        (
-            lost.sum() / live.numel(),
-            "it equals the sum divided by all positions, ignored ones too",
-            f"divide by the number of labels that are not {ignored}: a mean over [batch, time] dilutes short rows",
-        ),
-        (
-            lost.sum() / labels.numel(),
-            "it equals the sum divided by batch * time",
-            f"divide by the number of labels that are not {ignored}, after the shift",
-        ),
-        (
-            rows[live.any(-1)].mean(),
-            "it equals the mean of the rows' means",
-            "every label counts the same: sum over all rows first, then divide by the number of labels",
-        ),
-        (
-            token_losses(logits, labels.clamp(min=0), ignored)[0].mean()
-            if not shifted
-            else token_losses(logits[:, :-1], labels[:, 1:].clamp(min=0), ignored)[0].mean(),
-            f"it equals the one that takes {ignored} for token 0",
-            f"labels {ignored} must be masked out of the sum and of the count; clamping them to 0 is only for the gather",
-        ),
-        (lost.sum(), "it equals the sum over the labels", "divide by the number of labels that count"),
-        (
-            (lost.sum() / live.sum()) / 0.6931471805599453,
-            "it equals the cross-entropy in bits",
-            "a logarithm to base 2; optimizers and thresholds expect nats",
-        ),
-    ]
-    for name, token in structure.special_ids(subject.module).items():
-        kept = live & ((labels[:, 1:] if shifted else labels) != token)
-        candidates.append((
-            (lost * kept).sum() / kept.sum(),
-            f"it equals the one without labels {token} ({name})",
-            f"{IGNORED} marks what does not count, not {name}: where pad and eos are one token the model never learns "
-            "to stop",
-        ))  # fmt: skip
-    for candidate, what, hint in candidates:
-        if abs(float(candidate) - value) <= within:
-            return hint, f": {what}"
-    return (
-        "compare forward()'s loss with F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()): look "
-        f"for label smoothing, a scaled or a second loss term, or labels {ignored} that count",
-        "",
-    )
 
 
 # -- calling -------------------------------------------------------------------------------------------------------
@@ -397,9 +290,7 @@ def net_loss(
     return loss - _auxiliary(subject, ctx, raws[-1] if raws else None), output.logits
 
 
-def _call(
-    subject: Specimen, ids: Tensor, labels: Tensor, train: bool, grad: bool, extra: dict[str, Any]
-) -> Any:
+def _call(subject: Specimen, ids: Tensor, labels: Tensor, train: bool, grad: bool, extra: dict[str, Any]) -> Any:
     if not extra:
         return subject.forward(ids, labels=labels, train=train, grad=grad)
     convention = subject.convention
@@ -429,7 +320,7 @@ def _auxiliary(subject: Specimen, ctx: Context, raw: Any) -> Tensor | float:
         for name in AUXILIARY_COEFFICIENTS:
             coefficient = getattr(holder, name, None)
             if isinstance(coefficient, float | int):
-                ctx.note(f"loss holds {name} * aux_loss = {coefficient:g} * {float(auxiliary):.4g}, taken off here")
+                ctx.note(f"loss holds {name} * aux_loss (coefficient {coefficient:g}), taken off here")
                 return coefficient * auxiliary
     return 0.0
 
@@ -437,18 +328,18 @@ def _auxiliary(subject: Specimen, ctx: Context, raw: Any) -> Tensor | float:
 def taken(subject: Specimen, ctx: Context, ids: Tensor, labels: Tensor, mean: Tensor, items: Any) -> bool:
     """Whether num_items_in_batch divides the loss. Violation where transformers' Trainer would be misled."""
     try:
-        doubled, _ = net_loss(subject, ctx, ids, labels, extra={"num_items_in_batch": 2 * items})
+        doubled, logits = net_loss(subject, ctx, ids, labels, extra={"num_items_in_batch": 2 * items})
     except TypeError as error:
         ctx.not_applicable(f"num_items_in_batch is refused: {first_line(error)}")
         return False
-    ignored_it = abs(float(doubled) - float(mean)) <= 1e-3 * abs(float(mean))
+    ignored_it = abs(float(doubled) - float(mean)) <= rounding(doubled, logits)
     if ignored_it and not hasattr(subject.module, "main_input_name"):
         ctx.not_applicable("forward() takes **kwargs and has no use for num_items_in_batch")
     if ignored_it:
         ctx.fail(
             "num_items_in_batch is taken and ignored: with gradient accumulation each micro-batch counts as a whole "
             "batch",
-            hint="transformers' Trainer passes num_items_in_batch to a forward() with **kwargs and then does not divide "
+            hint="transformers' Trainer passes num_items_in_batch to a forward() with **kwargs and does not divide "
             "the loss: hand **kwargs on to self.loss_function, or set accepts_loss_kwargs = False",
         )
     return True
@@ -472,15 +363,13 @@ def comparison_points(
         (expected,) = torch.autograd.grad(reference, logits, retain_graph=True)
         size = max(1.0, float(logits.detach().abs().max()))
         return [logits], ("row", "position", "logits"), [tolerance.FACTOR * eps * size * largest(expected)]
-    points = [p for p in subject.module.parameters() if p.requires_grad]
+    points: list[Tensor] = [p for p in subject.module.parameters() if p.requires_grad]
     (upstream,) = torch.autograd.grad(reference, logits, retain_graph=True)
     sign = torch.where(torch.arange(upstream.numel(), device=upstream.device) % 2 == 0, 1.0, -1.0).to(upstream)
     wobble = upstream * sign.view(upstream.shape) * eps
     moved = torch.autograd.grad(logits, points, grad_outputs=wobble, retain_graph=True, allow_unused=True)
     whole = torch.autograd.grad(logits, points, grad_outputs=upstream, retain_graph=True, allow_unused=True)
-    allowed = [
-        tolerance.FACTOR * max(largest(change), eps * max(largest(grad) for grad in whole)) for change in moved
-    ]
+    allowed = [tolerance.FACTOR * max(largest(change), eps * max(largest(grad) for grad in whole)) for change in moved]
     return points, ("parameters",), allowed
 
 

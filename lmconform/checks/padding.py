@@ -88,9 +88,20 @@ def check_padded(subject: Specimen, ctx: Context, side: str, *, give_positions: 
         actual = torch.where(real, together, expected)
         hint = ""
         bound = tolerance.allowed(subject.noise, expected)
-        moved = ~((actual - expected).abs() <= bound).all(dim=-1)
-        if bool(moved.any()):
-            hint = padding_hint(subject, ids, mask, moved, side, positioned, bound, inputs)
+        if not bool(((actual - expected).abs() <= bound).all()):
+            singly = torch.cat(
+                [
+                    subject.logits(given[row : row + 1], **{key: value[row : row + 1] for key, value in inputs.items()})
+                    for row in range(len(ids))
+                ]
+            )
+            if bool(((singly - expected).abs() <= bound)[mask.bool()].all()):
+                hint = (
+                    "each padded row alone is right, so rows disturb each other: one row's mask, length or positions "
+                    "serve all (see batching.row_independence)"
+                )
+            else:
+                hint = padding_hint(subject, ids, ctx.other_ids(ids), inputs, side, bound)
         ctx.equal(
             actual,
             expected,
@@ -101,25 +112,18 @@ def check_padded(subject: Specimen, ctx: Context, side: str, *, give_positions: 
 
 
 def padding_hint(
-    subject: Specimen,
-    ids: Tensor,
-    mask: Tensor,
-    moved: Tensor,
-    side: str,
-    positioned: bool,
-    bound: float,
-    inputs: dict[str, Any],
+    subject: Specimen, ids: Tensor, others: Tensor, inputs: dict[str, Any], side: str, bound: float
 ) -> str:
     """Tells padding that is attended to from positions that count it: by exchanging the tokens under the padding."""
     import torch
 
-    shifted = ids.roll(1, dims=1)
-    outside = torch.where(mask.bool(), ids, shifted)
-    one, other = subject.logits(ids, **inputs), subject.logits(outside, **inputs)
-    real = mask.bool()[..., None]
-    if bool(torch.where(real, one - other, 0.0).isnan().any()):
+    real, positioned = inputs["mask"].bool(), "positions" in inputs
+    one = subject.logits(ids, **inputs)
+    other = subject.logits(torch.where(real, ids, others), **inputs)
+    change = (one - other)[real]
+    if bool(change.isnan().any()):
         return "softmax over a row that is masked everywhere gives NaN, and NaN spreads from padding to real tokens"
-    if float(torch.where(real, one - other, 0.0).abs().max()) > bound:
+    if float(change.abs().max()) > bound:
         return (
             "real tokens look at padding: their logits change with the tokens under it. attention_mask is ignored, "
             "inverted, or lost when it is merged with the causal mask (or one branch, layer or head skips it)"
@@ -289,7 +293,7 @@ def check_cached(subject: Specimen, ctx: Context) -> None:
         time = total - min(case.steps, total - 1)
         ids = ctx.ids(5, total)
         mask = real_places(lengths_of(total, min(case.pads, time - 1)), total, "left", ids)
-        actual = decode(subject, padded(subject, ids, mask, "pad"), mask, time)
+        actual = decode(subject, ctx, padded(subject, ids, mask, "pad"), mask, time)
         expected = alone(subject, ids, mask)
         real = mask.bool()[..., None]
         actual = torch.where(real, actual, expected)
@@ -297,7 +301,7 @@ def check_cached(subject: Specimen, ctx: Context) -> None:
             plain = expected.clone()
             for row, length in enumerate(mask.sum(-1).tolist()):
                 own = ids[row : row + 1, total - length :]
-                plain[row, total - length :] = decode(subject, own, None, time - (total - length))[0]
+                plain[row, total - length :] = decode(subject, ctx, own, None, time - (total - length))[0]
             if not bool(((plain - expected).abs() <= tolerance.allowed(subject.noise, expected)).all()):
                 ctx.note("cached decoding differs from one forward without padding too: see cache.decode")
             expected = plain
@@ -305,14 +309,14 @@ def check_cached(subject: Specimen, ctx: Context) -> None:
             actual,
             expected,
             "logits of left-padded decoding with a cache differ from the same row decoded alone",
-            where=f"prefill of {time} columns, then {total - time} single tokens",
+            where=f"prefill of {time} columns, then {total - time} more, one by one",
             hint="prefill or decoding goes wrong under padding: in a decoding step, keys under the padding must stay "
             "masked (the mask covers past + 1 columns) and the position is the number of real tokens, not the "
             "length of the cache",
         )
 
 
-def decode(subject: Specimen, ids: Tensor, mask: Tensor | None, prefill: int) -> Tensor:
+def decode(subject: Specimen, ctx: Context, ids: Tensor, mask: Tensor | None, prefill: int) -> Tensor:
     """Logits [rows, time, vocab] of `prefill` columns at once and then of single tokens on the cache."""
     import torch
 
@@ -326,6 +330,12 @@ def decode(subject: Specimen, ids: Tensor, mask: Tensor | None, prefill: int) ->
             cache=cache,
             use_cache=True,
         )
+        if output.logits.shape[:2] != (len(ids), end - start):
+            ctx.fail(
+                f"a call on {len(ids)} rows and {end - start} new tokens {'with' if cache is not None else 'without'} "
+                f"a cache gives logits of shape {list(output.logits.shape)}",
+                hint="a state or cache without its time axis is broadcast against the rows of the batch",
+            )
         parts.append(output.logits)
         cache, start = output.cache, end
     return torch.cat(parts, dim=1)

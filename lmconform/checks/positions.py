@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Never
 
 from lmconform import tolerance
-from lmconform.cases import Choice, Span
-from lmconform.checks.first_block import alone, block_input, blocks, constant_inputs
+from lmconform.cases import Span
+from lmconform.checks.first_block import alone, blocks, constant_inputs
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -20,20 +20,33 @@ SOUND = ("contract.shape", "contract.finite", "contract.repeatable")
 LONGEST = 128  # positions looked at where the context is longer
 TABLE = 2048  # rows of an absolute encoding looked at
 QUERY_STEP = 8
-FAR = 4000
-DRIFT_FACTOR = 3.0  # two independent roundings differ by sqrt(2) of one; a collapsed position by tens
 PER_LAYER = ("layer_types", "layers_block_type", "block_types", "attention_layers", "attn_layers")
-SUBSET = ("index_topk", "indexer_budget", "index_topk_blocks", "num_buckets", "compress_rates")
+SUBSET = (
+    "index_topk", "indexer_budget", "index_topk_blocks", "compress_rates", "keep_window_size",
+    "lsh_attn_chunk_length",
+)  # fmt: skip
+WINDOWED = ("sliding_attention", "sliding", "local_attention", "local")
+FULL = ("full_attention", "global_attention", "global", "attention")
 
 
 def _stack(subject: Specimen, ctx: Context) -> list[nn.Module]:
     stack = blocks(subject)
-    if stack is None:
-        _leave(ctx, "no list of blocks was found that a forward calls once each, in order")
+    if isinstance(stack, str):
+        leave(ctx, stack)
     return stack
 
 
-def _leave(ctx: Context, reason: str) -> Never:
+def _one_of_each_kind(config: Any, layers: int) -> list[int]:
+    """The first block of every kind that the config states: some architectures give positions to one kind only."""
+    kinds: list[tuple[Any, ...]] = [() for _ in range(layers)]
+    for name in (*PER_LAYER, "no_rope_layers", "layer_rope_theta"):
+        stated = getattr(config, name, None)
+        if isinstance(stated, list | tuple) and len(stated) >= layers:
+            kinds = [(*kind, str(value)) for kind, value in zip(kinds, stated, strict=False)]
+    return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+
+
+def leave(ctx: Context, reason: str) -> Never:
     ctx.not_applicable(reason)
     raise AssertionError("not_applicable() leaves the check")
 
@@ -43,7 +56,7 @@ def _leave(ctx: Context, reason: str) -> Never:
     holds="swapping two earlier tokens changes later logits with the first block alone",
     profile="smoke",
     requires=SOUND,
-    space={"time": Span(3, 40)},
+    space={"time": Span(6, 40)},
     grid=({"time": 16},),
 )
 def check_order_matters(subject: Specimen, ctx: Context) -> None:
@@ -56,28 +69,35 @@ def check_order_matters(subject: Specimen, ctx: Context) -> None:
     import torch
 
     stack = _stack(subject, ctx)
-    if _states(subject.config, "no_rope_layers") and not subject.config.no_rope_layers[0]:
-        ctx.not_applicable("the config states that the first block goes without positions (no_rope_layers)")
+    kinds = _one_of_each_kind(subject.config, len(stack))
     for case in ctx.cases():
         time = subject.longest(case.time)
         base = _unlike_neighbours(subject, ctx, time)
         swapped = base.repeat(time - 2, 1)
         first = torch.arange(time - 2)
         swapped[first, first], swapped[first, first + 1] = base[0, 1:-1], base[0, :-2]
-        with alone(stack):
-            logits = subject.logits(torch.cat([base, swapped]))
         later = torch.arange(time)[None] > first[:, None] + 1
-        change = (logits[1:].double() - logits[:1].double()).abs().amax(-1).cpu().masked_fill(~later, 0).amax(-1)
-        floor = tolerance.allowed(subject.noise, logits)
-        blind = (change <= floor).nonzero().flatten().tolist()
-        if blind:
+        for index in kinds:
+            with alone(stack, index):
+                logits = subject.logits(torch.cat([base, swapped]))
+            change = (logits[1:].double() - logits[:1].double()).abs().amax(-1).cpu().masked_fill(~later, 0).amax(-1)
+            floor = tolerance.allowed(subject.noise, logits)
+            blind = (change <= floor).nonzero().flatten().tolist()
             everywhere = len(blind) == time - 2
+            if not blind:
+                break
+            if floor > float(logits.double().std()):
+                ctx.not_applicable(f"rounding alone changes logits by up to {floor:.3g}: no change can be told from it")
+            if everywhere and index != kinds[-1]:
+                ctx.note(f"block {index} sees no order; the config states other kinds of block, which may")
+                continue
+            name = "the first block" if index == 0 or everywhere else f"block {index}"
             ctx.fail(
-                "the first block alone does not see the order of earlier tokens: swapping tokens "
+                f"{name} alone does not see the order of earlier tokens: swapping tokens "
                 f"{blind[0]} and {blind[0] + 1} changed no later logit"
                 + ("" if everywhere else f" ({len(blind)} of {time - 2} pairs of neighbours)")
                 + f" (by {float(change[blind[0]]):.3g}; rounding alone by up to {floor:.3g})",
-                where=f"positions {blind[0]} and {blind[0] + 1}",
+                where=f"block {kinds[0] if everywhere else index}, positions {blind[0]} and {blind[0] + 1}",
                 hint="no position encoding reaches attention: it is never applied, or applied to the wrong tensor, or "
                 "all positions are the same number"
                 if everywhere
@@ -95,7 +115,7 @@ def _unlike_neighbours(subject: Specimen, ctx: Context, time: int) -> Tensor:
     return torch.tensor(ordinary)[steps.cumsum(-1) % len(ordinary)].to(subject.device)
 
 
-def _states(config: Any, name: str) -> bool:
+def states(config: Any, name: str) -> bool:
     return bool(getattr(config, name, None))
 
 
@@ -114,6 +134,8 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     looked = False
     for index in range(min(len(stack), 8)):
         stated = _stated_window(subject, index, len(stack))
+        if isinstance(stated, int) and any(_convolves(part) for part in stack[index].modules()):
+            stated = "reaches past its window by a convolution"
         if isinstance(stated, str):
             ctx.note(f"block {index} {stated}")
             continue
@@ -127,8 +149,9 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
 
 
 def _reach_of(
-    subject: Specimen, ctx: Context, stack: list[nn.Module], index: int, window: int | None, queries: list[int], time: int
-) -> None:
+    subject: Specimen, ctx: Context, stack: list[nn.Module], index: int, window: int | None, queries: list[int],
+    time: int,
+) -> None:  # fmt: skip
     import torch
 
     influence = _influence(subject, ctx, stack, index, ctx.ids(1, time), queries)
@@ -159,8 +182,8 @@ def _reach_of(
             f"the window of {window} tokens that the config states is not what is cut: position {at} feels token "
             f"{min(seen, default=at)}, {reach} tokens back counting itself"
             if what == "open"
-            else f"the window of {window} tokens that the config states is cut short: position {at} does not feel token "
-            f"{place}, {at - place + 1} tokens back counting itself",
+            else f"the window of {window} tokens that the config states is cut short: position {at} does not feel "
+            f"token {place}, {at - place + 1} tokens back counting itself",
             where=where,
             hint="an off-by-one in the window (key > query - window keeps the token itself and window - 1 before it), "
             "or the layer ignores the window",
@@ -171,18 +194,23 @@ def _stated_window(subject: Specimen, index: int, layers: int) -> int | str | No
     """What the config states for this block: a window, None for all earlier tokens, or why it cannot be told."""
     config = subject.config
     for name in SUBSET:
-        if _states(config, name):
+        if states(config, name):
             return f"attends to a chosen part of the tokens ({name})"
     for name in PER_LAYER:
         kinds = getattr(config, name, None)
         if isinstance(kinds, list | tuple) and len(kinds) >= layers and all(isinstance(k, str) for k in kinds):
             kind = str(kinds[index])
-            if "sliding" in kind or "local" in kind:
+            if kind in WINDOWED:
                 return subject.window or f"is of kind {kind!r}, and no window is stated"
-            if kind in ("full_attention", "global", "global_attention", "attention"):
+            if kind in FULL:
                 return None
             return f"is of kind {kind!r}, which states no reach"
     return subject.window
+
+
+def _convolves(part: nn.Module) -> bool:
+    name = type(part).__name__
+    return "conv" in name.lower() and name != "Conv1D"  # transformers' Conv1D is a linear layer
 
 
 def _influence(
@@ -224,7 +252,7 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
     length = subject.longest(TABLE)
     received = constant_inputs(subject, subject.longest(LONGEST))
     if received is None:
-        _leave(ctx, "what the first block receives cannot be told")
+        leave(ctx, "what the first block receives cannot be told")
     if _spread(received) > 1e-5:
         if length > received.shape[0]:
             received = constant_inputs(subject, length)
@@ -233,19 +261,33 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
         if alike:
             _fail_alike(ctx, alike, "what the first block receives is the same")
         return
-    stated = _stated_window(subject, 0, len(stack))
-    if isinstance(stated, str):
-        ctx.not_applicable(f"the first block {stated}")
+    kinds = _one_of_each_kind(subject.config, len(stack))
     length = subject.longest(LONGEST)
-    step = QUERY_STEP if stated is None else max(1, min(QUERY_STEP, stated - 1))
-    queries = list(range(length - 1, 0, -step))
     ids = subject.probe_ids(1, 1).expand(1, length)
-    influence = _influence(subject, ctx, stack, 0, ids, queries)
-    if influence is None:
-        _leave(ctx, "the first block's input takes no gradient")
-    alike = _alike(influence, torch.tensor(queries))
-    if alike:
-        _fail_alike(ctx, alike, "every later position weighs them the same")
+    blind: list[tuple[int, int]] = []
+    reasons: list[str] = []
+    for index in kinds:
+        stated = _stated_window(subject, index, len(stack))
+        if isinstance(stated, str):
+            reasons.append(f"block {index} {stated}")
+            continue
+        step = QUERY_STEP if stated is None else max(1, min(QUERY_STEP, stated - 1))
+        queries = list(range(length - 1, 0, -step))
+        influence = _influence(subject, ctx, stack, index, ids, queries)
+        if influence is None:
+            reasons.append(f"the input of block {index} takes no gradient")
+            continue
+        alike = _alike(influence, torch.tensor(queries))
+        if not alike:
+            return
+        if len(alike) < length * (length - 1) // 3:
+            _fail_alike(ctx, alike, "every later position weighs them the same")
+        blind = blind or alike
+    if blind and not reasons:
+        _fail_alike(ctx, blind, "every later position weighs them the same")
+    if blind:
+        reasons.append("blocks of another kind see no positions at all, and rely on these")
+    ctx.not_applicable("; ".join(reasons))
 
 
 def _spread(rows: Tensor) -> float:
@@ -308,179 +350,5 @@ def check_defaults(subject: Specimen, ctx: Context) -> None:
             subject.logits(ids, positions=positions),
             subject.logits(ids),
             "logits with position_ids 0..T-1 passed differ from logits without",
-            hint="the default positions do not start at 0 or do not count by 1, or given ones pass through another path",
+            hint="the default positions do not start at 0 or do not count by 1, or given ones take another path",
         )
-
-
-@register_check(
-    "positions.shift",
-    holds="where relative: adding a constant to position_ids leaves logits alone",
-    needs=("pos",),
-    requires=SOUND,
-    space={"by": Choice("one", "some", "end"), "time": Span(2, 40)},
-    grid=({"by": "one", "time": 24}, {"by": "some", "time": 24}, {"by": "end", "time": 24}),
-)
-def check_shift(subject: Specimen, ctx: Context) -> None:
-    """Positions are relative where the first block receives the same whatever they are, and yet they matter.
-
-    By 1, by some, and up to the end of the context.
-    """
-    import torch
-
-    for case in ctx.cases():
-        time = subject.longest(case.time)
-        room = _room(subject, ctx, LONGEST) - time
-        if room < 1:
-            _leave(ctx, "the context leaves no room to shift in")
-        by = {"one": 1, "some": min(19, room), "end": room}[case.by]
-        ids = ctx.ids(1, time)
-        positions = torch.arange(time, device=ids.device)[None]
-        _relative(subject, ctx, ids, positions, by)
-        ctx.equal(
-            subject.logits(ids, positions=positions + by),
-            subject.logits(ids, positions=positions),
-            f"logits change when every position moves by {by}, though nothing but attention sees the positions",
-            hint="attention depends on absolute positions: queries or keys alone are rotated, or by different angles, or "
-            "positions are clamped or wrapped inside the context",
-        )
-
-
-def _relative(subject: Specimen, ctx: Context, ids: Tensor, positions: Tensor, by: int) -> None:
-    """Leaves the check where positions are absolute, by their place in the model or by what the config states."""
-    import torch
-
-    config = subject.config
-    if _states(config, "attn_temperature_tuning") or _states(config, "log_scaling_n_floor"):
-        ctx.not_applicable("the config scales attention by the absolute position (attn_temperature_tuning)")
-    near = block_input(subject, ids, positions=positions)
-    far = block_input(subject, ids, positions=positions + by)
-    if near is None or far is None:
-        _leave(ctx, "what the first block receives cannot be told, so neither whether positions are relative")
-    if not torch.equal(near, far):
-        ctx.not_applicable("positions are absolute: they are added to what the first block receives")
-    spaced = subject.logits(ids, positions=positions * 2 + (torch.arange(ids.shape[1]) % 2).to(positions))
-    change = float((spaced - subject.logits(ids, positions=positions)).abs().max())
-    if change <= tolerance.allowed(subject.noise, spaced):
-        ctx.not_applicable(f"{subject.convention.positions} has no effect on the logits")
-
-
-def _room(subject: Specimen, ctx: Context, wanted: int) -> int:
-    """Positions within which one set of frequencies holds: dynamic kinds of rescaling change them with the length."""
-    kinds, original = _frequency_kinds(subject.config)
-    if kinds & {"dynamic", "longrope"}:
-        if original is None:
-            _leave(ctx, f"rotary frequencies change with the length ({', '.join(sorted(kinds))})")
-        wanted = min(wanted, original)
-    return subject.longest(wanted)
-
-
-def _frequency_kinds(config: Any) -> tuple[set[str], int | None]:
-    """Names of the rotary rescalings that the config states, and the context they start from."""
-    found: set[str] = set()
-    original: int | None = getattr(config, "original_max_position_embeddings", None)
-    pending = [getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]
-    while pending:
-        part = pending.pop()
-        if not isinstance(part, dict):
-            continue
-        pending.extend(part.values())
-        kind = part.get("rope_type", part.get("type"))
-        if isinstance(kind, str):
-            found.add(kind)
-        original = original or part.get("original_max_position_embeddings")
-    if "dynamic" in found and original is None:
-        original = getattr(config, "max_position_embeddings", None)
-    return found, original
-
-
-@register_check(
-    "positions.precision",
-    holds=f"the encoding keeps its precision in half types far out (position {FAR} against float64)",
-    needs=("pos",),
-    requires=SOUND,
-    space={"dtype": Choice("bfloat16", "float16")},
-    grid=({"dtype": "bfloat16"}, {"dtype": "float16"}),
-)
-def check_precision(subject: Specimen, ctx: Context) -> None:
-    """Half-precision logits far out against those near position 0, in units of what half precision costs near 0.
-
-    Relative positions: both are the same in exact arithmetic. Absolute ones: each is held against its own float32 or
-    float64 value, in what the first block receives. Positions or angles made in bfloat16 collapse from 256 on, in
-    float16 from 2048 on (transformers issue 25681 among others).
-    """
-    import torch
-
-    time = subject.longest(24)
-    ids = ctx.ids(4, time)
-    near = torch.arange(time, device=ids.device).expand(4, time)
-    kinds, _ = _frequency_kinds(subject.config)
-    if kinds & {"dynamic", "longrope"}:
-        ctx.not_applicable(f"rotary frequencies change with the length ({', '.join(sorted(kinds))})")
-    exact = subject.twin() or subject
-    absolute = _absolute(exact, ids, near)
-    if absolute:
-        far = _far_absolute(exact, ctx, ids, near)
-    else:
-        far = near + FAR
-        try:
-            _relative(exact, ctx, ids, near, FAR)
-        except (IndexError, RuntimeError, ValueError) as error:
-            _leave(ctx, f"takes no position {FAR} ({type(error).__name__})")
-    ran = False
-    for case in ctx.cases():
-        half = subject.copy()
-        half.module.to(getattr(torch, case.dtype))
-        ask = block_input if absolute else _logits
-        try:
-            measured_near, measured_far = ask(half, ids, positions=near), ask(half, ids, positions=far)
-        except Exception as error:
-            ctx.note(f"does not run in {case.dtype} ({type(error).__name__})")
-            continue
-        right_near, right_far = ask(exact, ids, positions=near), ask(exact, ids, positions=far)
-        if measured_near is None or measured_far is None or right_near is None or right_far is None:
-            continue
-        ran = True
-        cost = max(_drift(measured_near, right_near), tolerance.epsilon(half.dtype) * float(right_near.std()) / 8)
-        ctx.within(
-            _drift(measured_far, right_far), DRIFT_FACTOR * cost,
-            f"in {case.dtype} at positions from {int(far[0, 0])} on, {'encodings' if absolute else 'logits'} drift from "
-            f"{_name(exact)} far more than near position 0",
-            hint="positions, frequencies or angles are made in half precision: make them in float32 and cast cos and "
-            "sin (or the finished encoding) at the end",
-        )  # fmt: skip
-    if not ran:
-        ctx.not_applicable("; ".join(ctx.notes) or "nothing to compare")
-
-
-def _logits(subject: Specimen, ids: Tensor, **inputs: Any) -> Tensor:
-    return subject.logits(ids, **inputs)
-
-
-def _absolute(subject: Specimen, ids: Tensor, positions: Tensor) -> bool:
-    """Whether what the first block receives depends on the positions."""
-    import torch
-
-    near, turned = block_input(subject, ids, positions=positions), block_input(subject, ids, positions=positions.flip(-1))
-    return near is not None and turned is not None and not torch.equal(near, turned)
-
-
-def _far_absolute(subject: Specimen, ctx: Context, ids: Tensor, near: Tensor) -> Tensor:
-    """The farthest positions that an absolute encoding takes, up to FAR."""
-    for start in (FAR, (subject.context_length or FAR) - ids.shape[1]):
-        if start < 512:
-            break
-        try:
-            block_input(subject, ids, positions=near + start)
-        except (IndexError, RuntimeError, ValueError):  # the table ends before: try the stated context
-            continue
-        return near + start
-    _leave(ctx, "the position table ends before half precision could lose positions")
-
-
-def _drift(actual: Tensor, exact: Tensor) -> float:
-    """The typical error of a token: the median over tokens, so that one flipped expert does not decide."""
-    return float((actual.double() - exact.double()).square().mean(-1).sqrt().median())
-
-
-def _name(subject: Specimen) -> str:
-    return str(subject.dtype).removeprefix("torch.")

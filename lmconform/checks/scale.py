@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -56,23 +57,29 @@ def check_residual(subject: Specimen, ctx: Context) -> None:
     for index in range(1, len(sizes)):
         before, after, place = sizes[index - 1], sizes[index], trace.names[index]
         ctx.within(
-            after / max(before, 1.0), JUMP, f"hidden states grow by a jump in one block, RMS {before:.3g} to {after:.3g}",
+            after / max(before, 1.0),
+            JUMP,
+            f"hidden states grow by a jump in one block, RMS {before:.3g} to {after:.3g}",
             where=place,
-            hint="one block's output is out of scale: its initialisation, a scale factor applied twice, or a missing norm",
-        )  # fmt: skip
+            hint="one block's output is out of scale: its initialisation, a scale factor applied twice, or a "
+            "missing norm",
+        )
         ctx.within(
-            min(before, 1.0) / after, JUMP,
-            f"hidden states shrink by a jump in one block, RMS {before:.3g} to {after:.3g}", where=place,
+            min(before, 1.0) / after,
+            JUMP,
+            f"hidden states shrink by a jump in one block, RMS {before:.3g} to {after:.3g}",
+            where=place,
             hint="the residual is overwritten or scaled down: look for x = f(x) in place of x = x + f(x)",
-        )  # fmt: skip
-    growths = [after / before for before, after in zip(sizes, sizes[1:])]
+        )
+    growths = [after / before for before, after in itertools.pairwise(sizes)]
     if len(growths) >= 3:
         ctx.within(
-            min(growths), DOUBLING,
+            min(growths),
+            DOUBLING,
             f"every block multiplies the hidden states, by {min(growths):.2g} or more: exponential growth over depth",
             where=f"{trace.names[1]} to {trace.names[-1]}",
             hint="the residual is added twice (x + x + f(x)), or each block's output lacks its norm",
-        )  # fmt: skip
+        )
 
 
 def rms(state: Tensor) -> float:
@@ -155,11 +162,12 @@ def _check_spread(ctx: Context, drawn: Specimen, scores: list[traces.Scores]) ->
             continue
         expected = GAIN**2 * stated_scale(drawn.module, size, found.block) * size**0.5
         ctx.within(
-            spread, expected * size**0.25,  # half way, by ratio, between scaled and unscaled
+            spread,
+            expected * size**0.25,  # half way, by ratio, between scaled and unscaled
             f"attention scores spread {spread / expected:.3g} times as far as scores divided by sqrt({size}) do",
             where=f"block {found.block}" if found.block >= 0 else "",
             hint=f"the factor 1/sqrt(head_dim) = {size**-0.5:.3g} is missing, or taken of the wrong size",
-        )  # fmt: skip
+        )
 
 
 def _spread(found: traces.Scores) -> float:
@@ -214,16 +222,18 @@ def _check_entropy(ctx: Context, scores: list[traces.Scores]) -> None:
     for found, entropy in zip(scores, entropies):
         if entropy < SATURATED:
             ctx.fail(
-                f"attention is saturated: its entropy is {entropy:.2g} of the largest possible, over all heads and rows",
-                where=f"block {found.block}" if found.block >= 0 else "", measured=entropy, allowed=SATURATED,
+                f"attention is saturated: its entropy is {entropy:.2g} of the largest possible, over all heads "
+                "and rows",
+                where=f"block {found.block}" if found.block >= 0 else "",
+                measured=entropy,
+                allowed=SATURATED,
                 hint="scores are so large that each row sees one token and no gradient flows: look at the scale of the "
                 "scores, the initialisation of q and k, or a mask that leaves one key",
-            )  # fmt: skip
+            )
 
 
 def _entropy(found: traces.Scores) -> float:
     """Mean over heads and rows (of 4 keys and up) of the entropy, as a share of log(number of keys)."""
-    import torch
 
     seen = found.visible.expand_as(found.values)
     count = seen.sum(-1)
@@ -288,4 +298,4 @@ def _check_influence(ctx: Context, subject: Specimen, attending: list[int]) -> N
                 where=f"{name}.{index}",
                 hint="a gate at 0, an output projection of zeros, a mask that leaves each token only itself, or an "
                 "attention result that is never added to the residual",
-            )  # fmt: skip
+            )

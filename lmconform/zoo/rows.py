@@ -13,7 +13,7 @@ from lmconform.expected import Expectation
 from lmconform.results import EXECUTED, FINDINGS, jsonable
 
 STATUSES = ("red", "unreached", "triaged", "green")  # the order of the table
-OUT_OF_MEMORY = re.compile(r"ran out of memory|can't allocate memory|not enough memory|bad_alloc|MemoryError")
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc|MemoryError")
 
 
 @dataclass

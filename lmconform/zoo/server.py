@@ -7,6 +7,7 @@ child is killed.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Any
 from lmconform.zoo.rows import OUT_OF_MEMORY, Course, make_row, names_one_type
 
 TAIL = 4096  # bytes of a child's output that are kept
-TICK = 0.05
+TICK = 0.1  # seconds between two looks at the time caps
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -56,6 +57,7 @@ class Child:
     course: Course = field(default_factory=Course)
     line: bytes = b""
     tail: bytes = b""
+    silent: bool = False  # it closed its events: it ends any moment
     killed: str = ""
 
 
@@ -99,7 +101,8 @@ def _preload() -> None:
 
     torch.set_num_threads(1)
     import hypothesis  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  (what every architecture imports: a second)
+    from transformers import AutoModelForCausalLM, GenerationMixin  # noqa: F401
 
     from lmconform import excitation, minimise, session, shrinking  # noqa: F401
     from lmconform.expected import known_deviations
@@ -146,7 +149,8 @@ class Pool:
             while waiting or self.running:
                 while waiting and len(self.running) < self.request.jobs:
                     self._start(*waiting.pop())
-                for key, _ in self.selector.select(TICK):
+                ending = any(child.silent for child in self.running)
+                for key, _ in self.selector.select(TICK / 50 if ending else TICK):
                     if key.data is None:  # the command sends nothing more: it is gone
                         return
                     self._read(key.data, key.fd)
@@ -190,7 +194,7 @@ class Pool:
             os.mkdir(tempfile.tempdir)
             if _caps_memory(self.request.options.get("device", "cpu")):
                 _cap_memory(self.request.memory)
-            _check(spec, self.request.options, _sender(events))
+            _check(type, spec, self.request.options, _sender(events))
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -206,6 +210,7 @@ class Pool:
             return
         if not data:
             self.selector.unregister(descriptor)
+            child.silent = child.silent or descriptor == child.events
         elif descriptor == child.output:
             child.tail = (child.tail + data)[-TAIL:]
         else:
@@ -229,7 +234,7 @@ class Pool:
                 _kill(child.pid)
 
     def _finish(self, child: Child, status: int, seconds: float) -> None:
-        _kill(child.pid)  # processes that it started and left
+        _kill_group(child.pid)  # processes that it started and left
         for descriptor in (child.events, child.output):
             while descriptor in self.selector.get_map() and _readable(descriptor):
                 self._read(child, descriptor)
@@ -249,7 +254,7 @@ class Pool:
         self.send({"event": "row", "row": row.to_dict()})
 
 
-def _check(spec: str, options: dict[str, Any], send: Send) -> None:
+def _check(name: str, spec: str, options: dict[str, Any], send: Send) -> None:
     """Build the subject and run its checks, reporting every step."""
     from lmconform.options import Options
     from lmconform.results import Result, Status
@@ -257,11 +262,12 @@ def _check(spec: str, options: dict[str, Any], send: Send) -> None:
     from lmconform.subject import BuildError
 
     started = time.perf_counter()
-    session = Session(spec, Options(**options))
     try:
+        session = Session(spec, Options(**options))
         session.open()
     except (BuildError, MemoryError, SystemExit) as error:
-        send({"event": "unbuilt", "reason": str(error) or type(error).__name__})
+        reason = str(error) or type(error).__name__
+        send({"event": "unbuilt", "reason": reason.removeprefix(f"{spec}: ").removeprefix(f"{name}: ")})
         return
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -333,12 +339,15 @@ def _resident(pid: int) -> int:
 
 
 def _kill(pid: int) -> None:
-    """The child and what it started."""
-    for kill in (os.killpg, os.kill):
-        try:
-            kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            continue
+    """End a child that has not been waited for, and what it started."""
+    _kill_group(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it may have no group yet, or no longer
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _readable(descriptor: int) -> bool:

@@ -1,0 +1,98 @@
+"""Measures how near the sound subjects come to the bounds: python docs/measure_margins.py --seeds 50.
+
+Writes docs/margins.md: per check the largest margin (measured / allowed) over all sound fixtures and seeds, where it
+was seen, and whether any verdict changed from seed to seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+Row = tuple[str, str, float | None, float, str]  # check, status, margin, seconds, first line of the message
+
+
+def measure(name: str, seed: int, profile: str) -> tuple[str, int, list[Row]]:
+    """One subject under one seed, on one thread."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    from fixtures.subjects import build
+    from lmconform import Subject, check_model
+
+    torch.set_num_threads(1)
+    subject = Subject(lambda: build(name, torch.initial_seed() % (1 << 31)), name=name)
+    report = check_model(subject, profile=profile, seed=seed)
+    rows = [(r.id, r.status.value, r.margin, r.seconds, r.message.partition("\n")[0]) for r in report.results]
+    return name, seed, rows
+
+
+def page(done: list[tuple[str, int, list[Row]]], seeds: int, profile: str, seconds: float) -> str:
+    """The Markdown page."""
+    from lmconform.session import versions
+
+    largest: dict[str, tuple[float, str, int]] = {}
+    verdicts: dict[tuple[str, str], set[str]] = defaultdict(set)
+    spent: dict[str, list[float]] = defaultdict(list)
+    for name, seed, rows in done:
+        spent[name].append(sum(row[3] for row in rows))
+        for check, status, margin, _, _ in rows:
+            verdicts[name, check].add(status)
+            if margin is not None and status == "passed" and margin >= largest.get(check, (-1.0, "", 0))[0]:
+                largest[check] = (margin, name, seed)
+    changed = {key: found for key, found in verdicts.items() if len(found) > 1}
+    red = sorted({(n, c) for (n, c), found in verdicts.items() if found & {"failed", "error", "xpassed"}})
+    known = ", ".join(f"{k} {v}" for k, v in versions().items())
+    lines = [
+        "# Margins on sound subjects",
+        "",
+        f"Measured by `python docs/measure_margins.py --seeds {seeds} --profile {profile}`: {len(verdicts)} pairs of "
+        f"subject and check, {seeds} seeds each, {seconds:.0f} s in all on {os.cpu_count()} cores "
+        f"({platform.machine()}), one thread a subject; {known}.",
+        "",
+        f"Verdicts that changed from seed to seed: {len(changed)}. Red: {len(red)}.",
+        *(f"- {name} {check}: {', '.join(sorted(found))}" for (name, check), found in sorted(changed.items())),
+        "",
+        "Seconds for one run, imports aside (median over seeds): "
+        + ", ".join(f"{name} {sorted(times)[len(times) // 2]:.1f}" for name, times in spent.items())
+        + ".",
+        "",
+        "| check | largest margin of a green result | seen on |",
+        "| --- | --- | --- |",
+        *(f"| {check} | {margin:.3g} | {name}, seed {seed} |" for check, (margin, name, seed) in largest.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    from fixtures.subjects import SOUND
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--profile", default="default")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=HERE / "margins.md")
+    options = parser.parse_args()
+    started = time.monotonic()
+    work = [(name, seed, options.profile) for seed in range(options.seeds) for name in SOUND]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        done = [future.result() for future in [pool.submit(measure, *item) for item in work]]
+    options.output.write_text(page(done, options.seeds, options.profile, time.monotonic() - started), encoding="utf-8")
+    for name, seed, rows in done:
+        for check, status, _, _, message in rows:
+            if status in ("failed", "error", "warned", "blocked", "xpassed"):
+                print(name, seed, check, status, message)
+
+
+if __name__ == "__main__":
+    main()

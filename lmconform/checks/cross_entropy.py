@@ -1,0 +1,115 @@
+"""The cross-entropy that loss.* compares with, and the usual ways of getting another number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmconform import structure, tolerance
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmconform.specimen import Specimen
+
+IGNORED = -100
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, shifted: bool, ignored: int) -> Tensor:
+    """Mean over the labels that count, float64, differentiable, without torch's own cross_entropy."""
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    lost, live = token_losses(logits, labels, ignored)
+    return lost.sum() / live.sum()
+
+
+def token_losses(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """-log p of each label, 0 where it does not count, and where it counts."""
+    wide = logits.double()
+    live = labels != ignored
+    chosen = wide.gather(-1, labels.clamp(0, wide.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    return (wide.logsumexp(-1) - chosen) * live, live
+
+
+def rounding(loss: Tensor, logits: Tensor) -> float:
+    """The bound for the loss: the suite's factor times one unit in the last place of its largest term, a logit."""
+    return tolerance.FACTOR * tolerance.epsilon(loss.dtype) * max(1.0, float(logits.detach().abs().max()))
+
+
+def explain(
+    subject: Specimen, loss: Tensor, logits: Tensor, labels: Tensor, ignored: int, within: float
+) -> tuple[str, str]:
+    """Which common mistake gives exactly this loss: the hint, and words for the message. Empty words where none."""
+    value = float(loss.detach())
+    logits = logits.detach()
+    lost, live = token_losses(logits[:, :-1], labels[:, 1:], ignored)
+    straight, straight_live = token_losses(logits, labels, ignored)
+    twice, twice_live = token_losses(logits[:, :-2], labels[:, 2:], ignored)
+    back, back_live = token_losses(logits[:, 1:], labels[:, :-1], ignored)
+    shifted = subject.convention.labels_shifted
+    if not shifted:  # the caller has shifted: none is right, one is one too many
+        lost, live, twice, twice_live = straight, straight_live, lost, live
+    rows = lost.sum(-1) / live.sum(-1)
+    candidates: list[tuple[Any, str, str]] = []
+    if shifted:
+        candidates.append((
+            straight.sum() / straight_live.sum(),
+            "it equals the one without the shift",
+            "position t must be compared with label t + 1: logits[:, :-1] with labels[:, 1:]; as it stands the model "
+            "learns to copy its input",
+        ))  # fmt: skip
+    candidates += [
+        (
+            twice.sum() / twice_live.sum(),
+            "it equals the one with one shift too many",
+            "labels are shifted by the caller and again in the model (or twice in the model): shift once",
+        ),
+        (
+            back.sum() / back_live.sum(),
+            "it equals the one shifted the wrong way",
+            "position t is compared with label t - 1, which it has seen: logits[:, :-1] with labels[:, 1:]",
+        ),
+        (
+            lost.sum() / live.numel(),
+            "it equals the sum divided by all positions, ignored ones too",
+            f"divide by the number of labels that are not {ignored}: a mean over [batch, time] dilutes short rows",
+        ),
+        (
+            lost.sum() / labels.numel(),
+            "it equals the sum divided by batch * time",
+            f"divide by the number of labels that are not {ignored}, after the shift",
+        ),
+        (
+            rows[live.any(-1)].mean(),
+            "it equals the mean of the rows' means",
+            "every label counts the same: sum over all rows first, then divide by the number of labels",
+        ),
+        (
+            token_losses(logits, labels.clamp(min=0), ignored)[0].mean()
+            if not shifted
+            else token_losses(logits[:, :-1], labels[:, 1:].clamp(min=0), ignored)[0].mean(),
+            f"it equals the one that takes {ignored} for token 0",
+            f"labels {ignored} belong neither in the sum nor in the count; clamping them to 0 is only for the gather",
+        ),
+        (lost.sum(), "it equals the sum over the labels", "divide by the number of labels that count"),
+        (
+            (lost.sum() / live.sum()) / 0.6931471805599453,
+            "it equals the cross-entropy in bits",
+            "a logarithm to base 2; optimizers and thresholds expect nats",
+        ),
+    ]
+    for name, token in structure.special_ids(subject.module).items():
+        kept = live & ((labels[:, 1:] if shifted else labels) != token)
+        candidates.append((
+            (lost * kept).sum() / kept.sum(),
+            f"it equals the one without labels {token} ({name})",
+            f"{IGNORED} marks what does not count, not {name}: where pad and eos are one token the model never learns "
+            "to stop",
+        ))  # fmt: skip
+    for candidate, what, hint in candidates:
+        if abs(float(candidate) - value) <= within:
+            return hint, f": {what}"
+    return (
+        "compare forward()'s loss with F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()): look "
+        f"for label smoothing, a scaled or a second loss term, or labels {ignored} that count",
+        "",
+    )

@@ -1,0 +1,442 @@
+"""generation: generate() says what forward() says, stops when told, and beams score what they claim."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmconform import tolerance
+from lmconform.cases import Choice, Span
+from lmconform.conventions import first_line
+from lmconform.generating import Generator, pad_for
+from lmconform.registry import register_check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmconform.context import Context
+    from lmconform.specimen import Specimen
+
+COMPARED = ("contract.shape", "contract.finite", "contract.repeatable")
+
+
+@register_check(
+    "generation.greedy",
+    holds="generate(greedy) equals an argmax loop over plain forwards; at a first divergence the two logits are "
+    "compared, a tie excused",
+    needs=("gen",),
+    requires=COMPARED,
+    profile="smoke",
+    space={"batch": Span(1, 3), "time": Span(1, 64), "new": Span(1, 24)},
+    grid=(
+        {"batch": 1, "time": 1, "new": 4},
+        {"batch": 2, "time": 13, "new": 5},
+        {"batch": 2, "time": 28, "new": 8},
+        {"batch": 1, "time": 62, "new": 4},
+    ),
+)
+def check_greedy(subject: Specimen, ctx: Context) -> None:
+    """Every generated token must be the argmax of a forward without cache over the tokens before it."""
+    generator = Generator(subject)
+    for case in ctx.cases():
+        new = min(case.new, subject.longest(128) - 1)
+        ids = ctx.ids(case.batch, subject.longest(case.time + new) - new)
+        made, chosen_from = generator.greedy_with_logits(ids, new)
+        _whole(subject, ctx, made, new)
+        hint = (
+            "generate() feeds other inputs than forward() got here: the prompt cut, the cache stale, position_ids not "
+            "advancing by one each step or counted from another start, the last token given twice, or the logits of "
+            "another position read"
+        )
+        _expect_argmax(
+            subject, ctx, ids, made, "greedy generate() leaves the argmax of plain forwards", hint,
+            logits=chosen_from, beside="logits inside generate() differ from those of plain forwards",
+        )  # fmt: skip
+
+
+@register_check(
+    "generation.batch",
+    holds="left-padded batch generation equals one by one",
+    needs=("gen", "mask"),
+    requires=(*COMPARED, "generation.greedy"),
+    space={"shortest": Span(1, 12), "step": Span(1, 9), "rows": Span(2, 4), "new": Span(1, 12)},
+    grid=(
+        {"shortest": 1, "step": 1, "rows": 2, "new": 2},
+        {"shortest": 2, "step": 5, "rows": 4, "new": 6},
+    ),
+)
+def check_batch(subject: Specimen, ctx: Context) -> None:
+    """Prompts of different length, padded on the left; each row against plain forwards over that row alone."""
+    import torch
+
+    generator = Generator(subject)
+    generator.require("attention_mask")
+    for case in ctx.cases():
+        lengths = [case.shortest + case.step * row for row in range(case.rows)]
+        longest = subject.longest(lengths[-1])
+        lengths = [min(length, longest) for length in lengths]
+        ids = ctx.ids(case.rows, longest)
+        pad = pad_for(subject, ids)
+        mask = torch.ones_like(ids)
+        for row, length in enumerate(lengths):
+            ids[row, : longest - length] = pad
+            mask[row, : longest - length] = 0
+        extra: dict[str, Any] = {"pad_token_id": pad} if generator.offers("pad_token_id") else {}
+        made, chosen_from = generator.greedy_with_logits(ids, case.new, mask=mask, **extra)
+        _whole(subject, ctx, made, case.new)
+        hint = (
+            "in every step of generate(): the attention_mask must reach forward() and grow by one, and position_ids "
+            "must not count padding (attention_mask.cumsum(-1) - 1)"
+        )
+        for row, length in enumerate(lengths):
+            _expect_argmax(
+                subject, ctx, ids[row : row + 1, longest - length :], made[row : row + 1],
+                "a left-padded row of a batch is continued with other tokens than the same prompt alone", hint,
+                where=f"row {row} with {longest - length} pads",
+                logits=None if chosen_from is None else chosen_from[row : row + 1],
+                beside="a left-padded row of a batch gets other logits in generate() than the same prompt alone",
+            )  # fmt: skip
+
+
+@register_check(
+    "generation.non_empty",
+    holds="from an ordinary prompt at least one new token that is not EOS is possible and sampled",
+    needs=("gen",),
+    requires=("contract.shape", "contract.finite"),
+    space={"time": Span(1, 16), "sample": Choice(True, False)},
+    grid=({"time": 6, "sample": True}, {"time": 6, "sample": False}),
+)
+def check_non_empty(subject: Specimen, ctx: Context) -> None:
+    """16 prompts with the model's own generation defaults, its own end-of-text token in force, sampled and greedy."""
+    generator = Generator(subject)
+    for case in ctx.cases():
+        ids = _prompts(subject, ctx, 16, case.time)
+        ends = _end_tokens(subject)
+        made = generator.as_users_call(ids, 4, sample=case.sample)
+        _inside_vocabulary(subject, ctx, made)
+        tokens = [[token for token in row if token not in ends] for row in made.tolist()]
+        logits = subject.logits(ids)[:, -1]
+        share = float(logits.softmax(-1)[:, ends].sum(-1).mean()) if ends else 0.0
+        if not any(tokens):
+            cause = "the end-of-text token outweighs all others after an ordinary prompt"
+            if ids[0, -1].item() in ends:
+                cause = "the tokenizer ends the prompt with the end-of-text token: encode with add_special_tokens=False"
+            elif share < 0.5:
+                cause = "forward() gives other tokens a chance, generate() does not: look at its processors and stops"
+            ctx.fail(
+                f"generate() added nothing to any of {len(ids)} ordinary prompts: the first new token is always "
+                f"end-of-text, which forward() gives probability {share:.3g} on average",
+                where="sampling" if case.sample else "greedy", hint=cause,
+            )  # fmt: skip
+        if share > 0.25:
+            ctx.note(f"end-of-text has probability {share:.2g} right after an ordinary prompt")
+
+
+@register_check(
+    "generation.stops",
+    holds="EOS, max_new_tokens and stop strings end it; nothing after EOS but padding",
+    needs=("gen",),
+    requires=("contract.shape", "contract.finite", "contract.repeatable"),
+    space={
+        "kind": Choice("max_new_tokens", "eos", "eos_list", "stop_strings"),
+        "rows": Span(1, 4), "new": Span(1, 10), "at": Span(0, 6),
+    },
+    grid=(
+        {"kind": "max_new_tokens", "rows": 2, "new": 1, "at": 0},
+        {"kind": "max_new_tokens", "rows": 2, "new": 7, "at": 0},
+        {"kind": "eos", "rows": 1, "new": 8, "at": 0},
+        {"kind": "eos", "rows": 3, "new": 8, "at": 2},
+        {"kind": "eos_list", "rows": 3, "new": 8, "at": 1},
+        {"kind": "stop_strings", "rows": 1, "new": 8, "at": 2},
+    ),
+)  # fmt: skip
+def check_stops(subject: Specimen, ctx: Context) -> None:
+    """A token that greedy decoding is known to reach is declared to be the end; the rest must be padding."""
+    generator = Generator(subject)
+    ran = False
+    for case in ctx.cases():
+        ids = ctx.ids(case.rows, 5)
+        new = min(case.new, subject.longest(128) - 5)
+        free = generator.greedy(ids, new)
+        if free.shape[1] != new:
+            ctx.fail(
+                f"generate() gave {free.shape[1]} new tokens where max_new_tokens={new} and nothing else ends it",
+                hint="max_new_tokens counts new tokens only: not the prompt, and not one more or less",
+            )
+        at = min(case.at, new - 1)
+        if case.kind == "max_new_tokens":
+            ran = True
+        elif case.kind == "stop_strings":
+            ran = _stop_strings(subject, ctx, generator, ids[:1], free[:1], at) or ran
+        elif generator.offers("eos_token_id") and (generator.offers("pad_token_id") or case.rows == 1):
+            ends = [int(free[0, at])]
+            if case.kind == "eos_list":
+                if not generator.hugging_face:
+                    continue
+                ends.append(int(free[-1, min(at + 2, new - 1)]))
+            _expect_end(subject, ctx, generator, ids, free, ends)
+            ran = True
+    if not ran:
+        ctx.not_applicable("no tokenizer was given, or generate() takes no such way of stopping")
+
+
+@register_check(
+    "generation.beams",
+    holds="a beam's score equals its rescored log-probability",
+    needs=("gen",),
+    requires=COMPARED,
+    space={
+        "beams": Span(2, 6), "rows": Span(1, 3), "time": Span(1, 24), "new": Span(1, 8),
+        "penalty": Choice(1.0, 0.0, 2.0), "eos": Choice(False, True),
+    },
+    grid=(
+        {"beams": 3, "rows": 1, "time": 5, "new": 2, "penalty": 1.0, "eos": False},
+        {"beams": 4, "rows": 2, "time": 13, "new": 6, "penalty": 2.0, "eos": True},
+    ),
+)  # fmt: skip
+def check_beams(subject: Specimen, ctx: Context) -> None:
+    """sequences_scores against the sum of log-probabilities, rescored by one forward, over length ** length_penalty."""
+    import torch
+
+    generator = Generator(subject)
+    if not generator.hugging_face:
+        ctx.not_applicable(f"{generator.holder}.generate({generator.signature}) returns no sequences_scores")
+    for case in ctx.cases():
+        new = min(case.new, subject.longest(128) - 1)
+        prompts = ctx.ids(case.rows, subject.longest(case.time + new) - new)
+        extra: dict[str, Any] = {"num_return_sequences": case.beams, "length_penalty": case.penalty}
+        end = None
+        if case.eos:
+            end = int(generator.greedy(prompts, new)[0, min(1, new - 1)])
+            unused = [token for token in range(subject.vocab_size) if token not in (*prompts.flatten().tolist(), end)]
+            extra |= {"eos_token_id": end, "pad_token_id": unused[0]}
+        try:
+            found = generator.beams(prompts, new, beams=case.beams, **extra)
+        except ValueError as refusal:
+            ctx.not_applicable(f"generate() refuses beam search: {first_line(refusal)}")
+        full = torch.cat([prompts.repeat_interleave(case.beams, 0), found.tokens], dim=1)
+        logits = subject.logits(full)[:, prompts.shape[1] - 1 : -1]
+        each = logits.double().log_softmax(-1).gather(-1, found.tokens[..., None])[..., 0]
+        counts = torch.ones_like(found.tokens, dtype=torch.bool)
+        if end is not None:
+            ended = (found.tokens == end).long()
+            counts = (ended.cumsum(-1) - ended) == 0  # up to the end token, itself included
+        lengths = counts.sum(-1)
+        rescored = (each * counts).sum(-1) / lengths.double() ** case.penalty
+        # a log-probability is off by at most twice what its logits are off by
+        bound = 2 * tolerance.allowed(subject.noise, logits) * float((lengths / lengths.double() ** case.penalty).max())
+        ctx.equal(
+            found.scores.double(), rescored, "a beam's score differs from its rescored log-probability",
+            allowed=bound, axes=("beam",),
+            hint="the cache was not reordered with the beams, scores were added up before log_softmax, or the length "
+            "penalty divides by another length",
+        )  # fmt: skip
+
+
+@register_check(
+    "generation.no_mask",
+    holds="works when no attention_mask is passed; forward's signature shows what generate() looks for",
+    needs=("gen",),
+    requires=COMPARED,
+    space={"rows": Span(1, 3), "time": Span(1, 12), "pads": Span(0, 4)},
+    grid=({"rows": 2, "time": 5, "pads": 0}, {"rows": 2, "time": 6, "pads": 3}),
+)
+def check_no_mask(subject: Specimen, ctx: Context) -> None:
+    """The mask left out, without and with padding in the prompt, against the mask spelt out.
+
+    generate() of transformers makes the missing mask from the padding token, but only for a forward() in whose
+    signature it finds attention_mask: a wrapper with (*args, **kwargs) hides it.
+    """
+    import torch
+
+    generator = Generator(subject)
+    generator.require("attention_mask")
+    new = 4
+    for case in ctx.cases():
+        ids = ctx.ids(case.rows, case.time + case.pads)
+        pad = pad_for(subject, ids)
+        mask = torch.ones_like(ids)
+        if case.pads and generator.hugging_face:
+            ids[0, : case.pads] = pad
+            mask[0, : case.pads] = 0
+        extra: dict[str, Any] = {"pad_token_id": pad} if generator.offers("pad_token_id") else {}
+        try:
+            spelt_out = generator.greedy(ids, new, mask=mask, **extra)
+        except (TypeError, ValueError) as error:
+            if subject.can("mask"):
+                raise
+            ctx.not_applicable(f"forward() takes no attention_mask ({first_line(error)[:120]})")
+        shown = f"forward({', '.join(_parameter_names(subject))})"
+        hint = (
+            f"generate() looks for attention_mask in the signature of forward(), which reads {shown}: name it there "
+            "(functools.wraps keeps a wrapped signature), and make a mask of ones where None arrives"
+        )
+        try:
+            left_out = generator.greedy(ids, new, **extra)
+        except Exception as error:
+            ctx.fail(
+                f"generate() without an attention_mask raises {type(error).__name__}: {first_line(error)}", hint=hint
+            )
+        what = "a prompt with padding and its pad_token_id" if case.pads else "a prompt without padding"
+        _expect_same(
+            subject, ctx, ids, mask, left_out, spelt_out,
+            f"generate() on {what} gives other tokens without attention_mask than with it", hint,
+        )  # fmt: skip
+
+
+# -- what several of them need -----------------------------------------------------------------------------------------
+
+
+def _whole(subject: Specimen, ctx: Context, made: Tensor, new: int) -> Tensor:
+    """The new tokens, if there are as many as asked for and all are in the vocabulary."""
+    if made.shape[1] != new:
+        ctx.fail(
+            f"generate() gave {made.shape[1]} new tokens, asked for {new}, and no end-of-text token is set",
+            hint="it stops by itself or counts the prompt, or it does not return the prompt it was given",
+        )
+    _inside_vocabulary(subject, ctx, made)
+    return made
+
+
+def _inside_vocabulary(subject: Specimen, ctx: Context, made: Tensor) -> None:
+    outside = [token for token in made.flatten().tolist() if not 0 <= token < subject.vocab_size]
+    if outside:
+        ctx.fail(
+            f"generate() gave the token {outside[0]}, outside the vocabulary of {subject.vocab_size}",
+            hint="an index into a cut-down list (top-k) was taken for a token, or an offset was added",
+        )
+
+
+def _expect_argmax(
+    subject: Specimen, ctx: Context, ids: Tensor, made: Tensor, message: str, hint: str, where: str = "",
+    logits: Tensor | None = None, beside: str = "",
+) -> None:  # fmt: skip
+    """Every token of `made` [batch, new] is the argmax of a plain forward over `ids` and the tokens before it.
+
+    One forward over everything finds the candidates; a plain forward over just the tokens before decides. `logits`,
+    where generate() shows what it chose from, are compared too (`beside` is then the message): a difference counts
+    before it flips a token.
+    """
+    import torch
+
+    time = ids.shape[1]
+    full = torch.cat([ids, made], dim=1)
+    plain = subject.logits(full)[:, time - 1 : -1]
+    gaps = plain.amax(-1) - plain.gather(-1, made[..., None])[..., 0]
+    # the two logits of a tie may be off in opposite directions
+    allowed = 2 * tolerance.allowed(subject.noise, plain)
+    ctx.within(min(float(gaps.max()), allowed), allowed, message)  # a margin to record; the loop below decides
+    for step, row in sorted((step, row) for row, step in (gaps > allowed).nonzero().tolist()):
+        alone = subject.logits(full[row : row + 1, : time + step])[0, -1]
+        best, chosen = int(alone.argmax()), int(made[row, step])
+        gap = float(alone[best] - alone[chosen])
+        place = f"step {step} after {time} tokens: generate() took {chosen} (logit {float(alone[chosen]):.4g}), "
+        place += f"the argmax is {best} ({float(alone[best]):.4g})"
+        ctx.within(gap, allowed, message, where=f"{where or f'row {row}'}, {place}", hint=hint)
+    if logits is not None:
+        ctx.equal(logits.to(plain), plain, beside, where=where, hint=hint, axes=("row", "step", "token"))
+
+
+def _expect_same(
+    subject: Specimen, ctx: Context, ids: Tensor, mask: Tensor, made: Tensor, other: Tensor, message: str, hint: str
+) -> None:
+    """Both are the same tokens up to a tie: where they part, plain forwards hold the two for equal."""
+    import torch
+
+    if made.shape != other.shape:
+        ctx.fail(f"{message}: {list(made.shape)} and {list(other.shape)}", hint=hint)
+    allowed = 2 * tolerance.allowed(subject.noise, subject.logits(ids))
+    for row in range(len(ids)):
+        parted = (made[row] != other[row]).nonzero().flatten().tolist()
+        if not parted:
+            continue
+        step = parted[0]
+        before = torch.cat([ids[row][mask[row].bool()], other[row, :step]])[None]
+        logits = subject.logits(before)[0, -1]
+        gap = float((logits[made[row, step]] - logits[other[row, step]]).abs())
+        ctx.within(gap, allowed, message, where=f"row {row}, step {step}", hint=hint)
+    ctx.within(0.0, allowed, message)
+
+
+def _expect_end(
+    subject: Specimen, ctx: Context, generator: Generator, ids: Tensor, free: Tensor, ends: list[int]
+) -> None:
+    """With `ends` in force each row is as `free`, generated without, up to its first end token, then padding."""
+    import torch
+
+    pad = pad_for(subject, torch.cat([ids.flatten(), free.flatten(), torch.tensor(ends, device=ids.device)]))
+    extra: dict[str, Any] = {"pad_token_id": pad} if generator.offers("pad_token_id") else {}
+    made = generator.greedy(ids, free.shape[1], eos_token_id=ends if len(ends) > 1 else ends[0], **extra)
+    hint = "the test for the end token must look at the newest token of every row, and finished rows must get padding"
+    rows = free.tolist()
+    stops = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    named = f"end-of-text {' or '.join(map(str, ends))}"
+    for row, (tokens, stop) in enumerate(zip(made.tolist(), stops, strict=True)):
+        if len(tokens) < stop:
+            ctx.fail(
+                f"generate() ends a row after {len(tokens)} tokens, before its own end after {stop}",
+                where=f"row {row}, {named}", hint="go on until every row has ended or has max_new_tokens",
+            )  # fmt: skip
+        if tokens[:stop] != rows[row][:stop]:
+            ctx.fail(
+                f"declaring an end-of-text token changes the tokens before it: {tokens[:stop]}, without it "
+                f"{rows[row][:stop]}", where=f"row {row}, {named}", hint=hint,
+            )  # fmt: skip
+        rest = tokens[stop:]
+        if any(token != pad for token in rest):
+            ctx.fail(
+                f"generate() goes on after the end-of-text token with {rest}, expected "
+                f"{f'only padding ({pad})' if extra else 'nothing'}",
+                where=f"row {row}, step {stop}, {named}", hint=hint,
+            )  # fmt: skip
+    if made.shape[1] > max(stops):
+        ctx.fail(
+            f"generate() went on for {made.shape[1]} steps though every row had ended after {max(stops)}",
+            where=named, hint="leave the loop once all rows are finished",
+        )  # fmt: skip
+
+
+def _stop_strings(subject: Specimen, ctx: Context, generator: Generator, ids: Tensor, free: Tensor, at: int) -> bool:
+    """A stop string that decoding is known to reach ends it; whether it could be tried."""
+    tokenizer = subject.tokenizer
+    if tokenizer is None or not generator.hugging_face:
+        return False
+    text = tokenizer.decode(free[0, : at + 1])
+    wanted = tokenizer.decode(free[0, at : at + 1]).strip()
+    if not wanted or wanted not in text:
+        return False
+    made = generator.greedy(ids, free.shape[1], stop_strings=[wanted], tokenizer=tokenizer)
+    reached = next(i + 1 for i in range(free.shape[1]) if wanted in tokenizer.decode(free[0, : i + 1]))
+    if made.shape[1] > reached:
+        ctx.fail(
+            f"generate() goes on after the stop string {wanted!r}: {made.shape[1]} tokens, it was complete after "
+            f"{reached}", hint="compare the decoded tail of the text, not single tokens, with the stop strings",
+        )  # fmt: skip
+    return True
+
+
+def _prompts(subject: Specimen, ctx: Context, rows: int, time: int) -> Tensor:
+    """The same ordinary text `rows` times where there is a tokenizer, else random ordinary tokens."""
+    import torch
+
+    if subject.tokenizer is None:
+        return ctx.ids(rows, time)
+    encoded = subject.tokenizer("Once upon a time there was a little")
+    tokens = encoded["input_ids"] if hasattr(encoded, "keys") else encoded
+    return torch.tensor([list(tokens)] * rows, device=subject.device)
+
+
+def _end_tokens(subject: Specimen) -> list[int]:
+    """Every end-of-text token that generate() stops at by default, inside the vocabulary."""
+    found: list[int] = []
+    for holder in (getattr(subject.module, "generation_config", None), subject.config, subject.tokenizer):
+        value = holder.get("eos_token_id") if isinstance(holder, dict) else getattr(holder, "eos_token_id", None)
+        found += value if isinstance(value, list | tuple) else [value] if isinstance(value, int) else []
+    return sorted({token for token in found if 0 <= token < subject.vocab_size})
+
+
+def _parameter_names(subject: Specimen) -> list[str]:
+    import inspect
+
+    parameters = inspect.signature(subject.module.forward).parameters.values()
+    marks: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return [marks.get(parameter.kind, "") + parameter.name for parameter in parameters]

@@ -1,0 +1,374 @@
+"""parity: the model computes what its reference computes, with weights that came from there."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lmconform import tolerance, traces
+from lmconform.context import Unavailable
+from lmconform.pairing import Pair, pair_parameters
+from lmconform.registry import register_check
+from lmconform.specimen import random_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmconform.context import Context
+    from lmconform.specimen import Specimen
+
+COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
+BAND = 1.1  # per-layer RMS may differ by this factor, either way
+
+
+def both(subject: Specimen) -> tuple[Specimen, Specimen]:
+    """Subject and reference with the weights they came with, in one dtype where that can be had."""
+    import torch
+
+    reference = subject.reference
+    assert reference is not None
+    if subject.dtype == torch.float64 and reference.dtype != torch.float64:
+        twin = reference.twin()
+        if twin is None:
+            raise Unavailable("the reference does not run in float64")
+        reference = twin
+    return subject.as_loaded(), reference
+
+
+def shared_ids(ctx: Context, ours: Specimen, theirs: Specimen, batch: int, time: int) -> Tensor:
+    """Ordinary tokens that both vocabularies have, [batch, time]."""
+    ordinary = [i for i in ours.ordinary_ids if i < theirs.vocab_size]
+    time = theirs.longest(ours.longest(time))
+    return random_ids(ordinary, batch, time, ctx.generator(batch, time)).to(ours.device)
+
+
+def answer(specimen: Specimen, ids: Tensor, columns: int, **inputs: Any) -> Tensor:
+    """Logits over the tokens that both have, on the CPU."""
+    return specimen.logits(ids.to(specimen.device), **inputs)[..., :columns].cpu()
+
+
+def columns_of(ctx: Context, ours: Specimen, theirs: Specimen) -> int:
+    if ours.vocab_size != theirs.vocab_size:
+        ctx.note(
+            f"the vocabularies have {ours.vocab_size} and (the reference) {theirs.vocab_size} entries: "
+            f"the first {min(ours.vocab_size, theirs.vocab_size)} are compared"
+        )
+    return min(ours.vocab_size, theirs.vocab_size)
+
+
+@register_check(
+    "parity.logits",
+    holds="logits equal the reference's within the dtype's tolerance",
+    needs=("ref",),
+    requires=COMPARING,
+    profile="smoke",
+)
+def check_logits(subject: Specimen, ctx: Context) -> None:
+    """The same tokens into both, weights as they came; the bound is the noise of the noisier of the two."""
+    ours, theirs = both(subject)
+    columns = columns_of(ctx, ours, theirs)
+    ids = shared_ids(ctx, ours, theirs, 3, 40)
+    mine, expected = answer(ours, ids, columns), answer(theirs, ids, columns)
+    bound = tolerance.allowed(max(ours.noise, theirs.noise), expected.to(mine.dtype))
+    ctx.equal(mine, expected, "logits differ from the reference's", allowed=bound, hint=_reading(mine, expected, bound))
+
+
+def _reading(mine: Tensor, expected: Tensor, bound: float) -> str:
+    """What the shape of the difference says, in a user's words."""
+    mine, expected = mine.double(), expected.double()
+    factor = float((mine * expected).sum() / expected.square().sum().clamp(min=1e-300))
+    if (
+        factor > 0
+        and abs(factor - 1) > 0.01
+        and float((mine - factor * expected).abs().max()) <= 4 * max(1.0, factor) * bound
+    ):
+        return (
+            f"the logits are {factor:.4g} times the reference's: a scale, temperature or soft cap before or "
+            f"after the head"
+        )
+    off = (mine - expected).abs().amax(-1).gt(bound).any(0)
+    first = int(off.int().argmax()) if bool(off.any()) else 0
+    sizes = (mine - expected).abs().amax((0, 2))
+    if first > 0 and float(sizes.max()) > 30 * float(sizes[:first].max()):
+        return (
+            f"positions 0 to {first - 1} agree, so embedding, norms and feed-forward do: look at what mixes positions "
+            "(mask, position encoding, window, attention scale); parity.hidden names the layer"
+        )
+    return (
+        "the first position differs already, where attention sees one token: look at the embedding, the "
+        "position of the "
+        "first token, norms (eps), the activation, and untransferred weights; parity.hidden names the layer, "
+        "parity.transfer the weight"
+    )
+
+
+@register_check(
+    "parity.hidden",
+    holds="hidden states equal the reference's at every layer; the first module that differs is named",
+    needs=("ref",),
+    requires=COMPARING,
+)
+def check_hidden(subject: Specimen, ctx: Context) -> None:
+    """The residual stream before the first block, after each, and the logits, in this order.
+
+    At the first block that differs, outputs of its modules are looked up among the outputs of the reference's block.
+    """
+    ours, theirs = both(subject)
+    columns = columns_of(ctx, ours, theirs)
+    ids = shared_ids(ctx, ours, theirs, 2, 32)
+    mine, expected = _streams(ctx, ours, theirs, ids)
+    count = min(len(mine.states), len(expected.states))
+    if mine.names[-1].startswith("hidden_states") != expected.names[-1].startswith("hidden_states"):
+        count -= 1  # one was read at the blocks, the other as forward() gives it: the last is after the norm there
+    noises = [max(pair) for pair in zip(_stream_noise(ours, ids, mine), _stream_noise(theirs, ids, expected))]
+    for index in range(count):
+        place = f"{mine.names[index]} (reference: {expected.names[index]})"
+        if index == 0:
+            message = "hidden states differ from the reference's before the first block"
+            hint = (
+                "embedding: its weights, its scale factor, its norm; the position table and where it is read "
+                "(off by one, or counted from another start)"
+            )
+        else:
+            message = f"hidden states first differ from the reference's after block {index - 1}, and not before it"
+            hint = "inside this block: norms (eps), activation, attention scale, mask, position encoding, its weights"
+        bound = tolerance.allowed(noises[index], expected.states[index].to(mine.states[index].dtype))
+        difference = float((mine.states[index].cpu().double() - expected.states[index].cpu().double()).abs().max())
+        if not difference <= bound and index > 0:
+            entering = (mine.states[index - 1].cpu().double() - expected.states[index - 1].cpu().double()).abs().max()
+            slack = 8 * float(entering / expected.states[index - 1].abs().max()) + tolerance.FACTOR * tolerance.epsilon(
+                mine.states[index].dtype
+            )
+            hint = _first_module(ours, theirs, ids, mine.names[index], expected.names[index], slack) or hint
+        ctx.equal(
+            mine.states[index].cpu(),
+            expected.states[index].cpu(),
+            message,
+            where=place,
+            allowed=bound,
+            hint=hint,
+            axes=("row", "position", "channel"),
+        )
+    left, right = mine.logits[..., :columns].cpu(), expected.logits[..., :columns].cpu()
+    ctx.equal(
+        left,
+        right,
+        "logits differ from the reference's, hidden states do not, up to the last block",
+        allowed=tolerance.allowed(max(ours.noise, theirs.noise), right.to(left.dtype)),
+        where="after the last block",
+        hint="the final norm, the head's weights or bias, a tie that was lost, or a scale or soft cap of the logits",
+    )
+
+
+def _streams(ctx: Context, ours: Specimen, theirs: Specimen, ids: Tensor) -> tuple[traces.Stream, traces.Stream]:
+    mine, expected = traces.stream(ours, ids), traces.stream(theirs, ids.to(theirs.device))
+    for what, trace in (("subject", mine), ("reference", expected)):
+        if trace is None:
+            raise Unavailable(f"no repeated blocks were found in the {what}, and its forward() gives no hidden states")
+    assert mine is not None
+    assert expected is not None
+    if len(mine.states) != len(expected.states):
+        ctx.fail(
+            f"the model has {len(mine.states) - 1} blocks, the reference {len(expected.states) - 1}",
+            where=f"{mine.names[-1]} (reference: {expected.names[-1]})",
+            hint="the config was not carried over, or a block was left out or added",
+        )
+    if mine.states[0].shape[-1] != expected.states[0].shape[-1]:
+        ctx.fail(
+            f"hidden states are {mine.states[0].shape[-1]} wide, the reference's {expected.states[0].shape[-1]}",
+            where=mine.names[0],
+            hint="the config was not carried over",
+        )
+    return mine, expected
+
+
+def _stream_noise(specimen: Specimen, ids: Tensor, base: traces.Stream) -> list[float]:
+    """Per state, what rounding does to it: the distance to the float64 copy, else to weights moved by one unit."""
+    other = other_rounding(specimen)
+    moved = traces.stream(other, ids.to(specimen.device))
+    assert moved is not None
+    return [tolerance.typical(a.double() - b.double()) for a, b in zip(base.states, moved.states)]
+
+
+def other_rounding(specimen: Specimen) -> Specimen:
+    """The same model under other rounding: its float64 copy, else a copy with weights moved by one unit."""
+    import torch
+
+    twin = specimen.twin()
+    if twin is not None:
+        return twin
+    copied = specimen.copy()
+    size = max(tolerance.epsilon(specimen.dtype), tolerance.TWIN_PERTURBATION)
+    with torch.no_grad():
+        for parameter in copied.module.parameters():
+            if parameter.is_floating_point():
+                parameter.mul_(1 + size)
+    return copied
+
+
+def _first_module(ours: Specimen, theirs: Specimen, ids: Tensor, block: str, other: str, slack: float) -> str:
+    """Which module inside the block first gives something that is found nowhere in the reference's block."""
+    mine = [call for call in traces.calls(ours, ids) if call.name.startswith(block + ".")]
+    given = [call for call in traces.calls(theirs, ids.to(theirs.device)) if call.name.startswith(other + ".")]
+    known = [call.output for call in given] + [call.input for call in given if call.input is not None]
+
+    def found(value: Tensor | None) -> bool | None:
+        return None if value is None else any(_holds(whole, value, slack) for whole in known)
+
+    for call in mine:
+        if found(call.output):
+            continue
+        if found(call.input) is False:
+            return (
+                f"what goes into {call.name} is found nowhere in {other}, and every module before it agrees: "
+                "look at the "
+                "code between the last module that agrees and this one (activation, attention scores, mask, positions)"
+            )
+        return (
+            f"{call.name} takes an input that the reference has too and gives an output that is found nowhere in "
+            f"{other}: its weights or its settings (eps, bias, activation)"
+        )
+    return ""
+
+
+def _holds(whole: Tensor, value: Tensor, slack: float) -> bool:
+    """Whether `value` is `whole`, or a slice of its last axis (a fused projection), up to reshaping."""
+    import torch
+
+    whole, value = whole.cpu().double(), value.cpu().double()
+    bound = slack * float(value.abs().max())
+    if whole.numel() == value.numel():
+        return bool(torch.isclose(whole.flatten(), value.flatten(), rtol=0, atol=bound).all())
+    if whole.shape[:-1] != value.shape[:-1] or whole.shape[-1] < value.shape[-1]:
+        return False
+    width = value.shape[-1]
+    return any(
+        bool(((whole[..., start : start + width] - value).abs() <= bound).all())
+        for start in range(0, whole.shape[-1] - width + 1, width)
+    )
+
+
+@register_check(
+    "parity.scale",
+    holds="per-layer RMS ratio to the reference within the band",
+    needs=("ref",),
+    requires=("contract.shape", "contract.finite"),
+    profile="smoke",
+)
+def check_scale(subject: Specimen, ctx: Context) -> None:
+    """The median token's RMS after each block over the reference's, and the spread of the logits."""
+    ours, theirs = both(subject)
+    columns = columns_of(ctx, ours, theirs)
+    ids = shared_ids(ctx, ours, theirs, 4, 32)
+    mine, expected = _streams(ctx, ours, theirs, ids)
+    ratios = [_rms(a) / max(_rms(b), 1e-300) for a, b in zip(mine.states, expected.states)]
+    spread = float(
+        mine.logits[..., :columns].double().std() / expected.logits[..., :columns].double().std().clamp(min=1e-300)
+    )
+    ctx.note("RMS over the reference's, by layer: " + " ".join(f"{r:.4g}" for r in ratios) + f"; logits: {spread:.4g}")
+    places = [*mine.names, "logits"]
+    for index, (ratio, place) in enumerate(zip([*ratios, spread], places)):
+        before = ratios[index - 1] if index else 1.0
+        ctx.within(
+            abs(math.log(ratio)) if ratio > 0 else math.inf,
+            math.log(BAND),
+            f"{place} is {ratio:.4g} times the reference's in size (before it: {before:.4g} times)",
+            where=place,
+            hint="a scale factor is missing or applied twice (embedding times sqrt(width), residual scaling, "
+            "soft cap), or "
+            "the weights of this layer were not transferred; mend that, do not rescale the hidden states",
+        )
+
+
+def _rms(state: Tensor) -> float:
+    return float(state.double().square().mean(-1).sqrt().flatten().median())
+
+
+@register_check(
+    "parity.gradients",
+    holds="gradients equal the reference's within the dtype's tolerance",
+    needs=("ref",),
+    requires=(*COMPARING, "parity.logits"),
+)
+def check_gradients(subject: Specimen, ctx: Context) -> None:
+    """Gradients of one cross-entropy, computed outside the models, at every weight that was found in both.
+
+    Equal logits with unequal gradients mean a value that was detached, computed under no_grad, or rounded on the way.
+    """
+    ours, theirs = both(subject)
+    columns = columns_of(ctx, ours, theirs)
+    ids = shared_ids(ctx, ours, theirs, 3, 24)
+    pairs = [pair for pair in pair_parameters(ours.module, theirs.module) if pair.links and pair.found == 1.0]
+    if not pairs:
+        ctx.not_applicable("none of the reference's weights is found in the model; see parity.transfer")
+    mine, my_noise = _gradients(ours, ids, columns)
+    expected, their_noise = _gradients(theirs, ids, columns)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    sharing: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        for link in pair.links:
+            sharing.setdefault(link.subject, []).append(pair)
+    for pair in reversed(pairs):  # from the head down: the first that differs lies just before the fault
+        group = sharing[pair.links[0].subject]
+        if any(len(sharing[link.subject]) > 1 for link in pair.links) and not _disjoint(pair, sharing):
+            ctx.note(f"{pair.reference} shares its place with {', '.join(p.reference for p in group if p is not pair)}")
+            continue  # tied on one side only: the sum of several gradients
+        target = expected[pair.reference]
+        options = [
+            sum((link.collect(mine[link.subject], target.shape) for link in links), target.new_zeros(()))
+            for links in pair.options
+        ]
+        best = min(range(len(options)), key=lambda i: float((options[i] - target).abs().max()))
+        noise = max(
+            their_noise[pair.reference],
+            *(my_noise[link.subject] for link in pair.options[best]),
+            tolerance.epsilon(ours.dtype) * max(float(target.abs().max()), 0.01 * largest),
+        )
+        names = ", ".join(link.subject for link in pair.options[best])
+        ctx.equal(
+            options[best],
+            target,
+            "the gradient differs from the reference's",
+            where=f"{pair.reference} (here: {names})",
+            allowed=tolerance.FACTOR * noise,
+            axes=("row", "column"),
+            hint="logits that agree where gradients do not: something on the way is detached, computed under "
+            "no_grad(), "
+            "or its parameter is used in two places",
+        )
+
+
+def _disjoint(pair: Pair, sharing: dict[str, list[Pair]]) -> bool:
+    """Whether other weights in the same tensors lie elsewhere in them, as q, k and v in a fused matrix do."""
+    for link in pair.links:
+        for other in sharing[link.subject]:
+            for theirs in other.links:
+                if other is pair or theirs.subject != link.subject:
+                    continue
+                if theirs.subject_axis != link.subject_axis or bool(((theirs.index >= 0) & (link.index >= 0)).any()):
+                    return False
+    return True
+
+
+def _gradients(specimen: Specimen, ids: Tensor, columns: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Gradients by parameter name, float64 on the CPU, and what rounding does to each."""
+    made = _backward(specimen, ids, columns)
+    other = _backward(other_rounding(specimen), ids, columns)
+    return made, {name: float((made[name] - other[name]).abs().max()) for name in made}
+
+
+def _backward(specimen: Specimen, ids: Tensor, columns: int) -> dict[str, Tensor]:
+    import torch
+
+    copied = specimen.copy()
+    for parameter in copied.module.parameters():
+        parameter.requires_grad_(True).grad = None
+    ids = ids.to(specimen.device)
+    with torch.enable_grad():
+        logits = copied.logits(ids, grad=True)[..., :columns]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+    return {
+        name: (torch.zeros_like(p) if p.grad is None else p.grad).detach().cpu().double()
+        for name, p in copied.module.named_parameters()
+    }

@@ -1,0 +1,289 @@
+"""persistence: a model that is saved, loaded, moved or copied is the same model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from lmconform.conventions import first_line
+from lmconform.registry import register_check
+from lmconform.saving import (
+    in_a_fresh_process,
+    named_tensors,
+    poison,
+    poisoned_memory,
+    pretrained,
+    promised_tie,
+    quiet_transformers,
+    same_bits,
+    same_state,
+    saved_state,
+    shared_parameters,
+    tensors_anywhere,
+    through_pretrained,
+    through_state_dict,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lmconform.context import Context
+    from lmconform.specimen import Specimen
+
+COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
+
+
+@register_check(
+    "persistence.round_trip",
+    holds="save, fresh process, load: equal bits; key sets exact; buffers included; safetensors",
+    needs=("save",),
+    requires=COMPARING,
+)
+def check_round_trip(subject: Specimen, ctx: Context) -> None:
+    """Saved and loaded into a model that was built anew under another seed; thorough: in a fresh process too.
+
+    transformers' models go through save_pretrained and from_pretrained, others through their state_dict, torch.load
+    with weights_only, and safetensors. Every parameter and buffer must be equal bit for bit, then the logits.
+    """
+    ids = ctx.ids(2, subject.longest(20))
+    with tempfile.TemporaryDirectory(prefix="lmconform-") as folder:
+        if pretrained(subject.module):
+            loaded = through_pretrained(subject, ctx, folder)
+        else:
+            loaded = through_state_dict(subject, ctx)
+        same_state(
+            ctx, named_tensors(loaded.module), named_tensors(subject.module), "a model that was saved and loaded"
+        )
+        ctx.equal(
+            loaded.logits(ids),
+            subject.logits(ids),
+            "logits differ after saving and loading",
+            hint="something that decides the logits is neither a parameter nor a buffer of the state_dict: a "
+            "tensor kept "
+            "as a plain attribute, a buffer with persistent=False that is not rebuilt the same, or a patched method",
+        )
+        if ctx.profile == "thorough":
+            in_a_fresh_process(subject, ctx, folder, ids)
+
+
+@register_check(
+    "persistence.tied",
+    holds="tied weights are one tensor after load, move, resize, copy",
+    needs=("save",),
+)
+def check_tied(subject: Specimen, ctx: Context) -> None:
+    """Every group of parameters that share memory shares it still after each of these."""
+    groups = shared_parameters(subject.module)
+    promised = promised_tie(subject)
+    if promised is not None and not any(set(promised) <= set(group) for group in groups):
+        ctx.fail(
+            f"the config says tie_word_embeddings, but {promised[0]} and {promised[1]} are two tensors",
+            where=promised[1],
+            hint="tie_weights() was not called, or _tied_weights_keys does not name the head",
+        )
+    if not groups:
+        ctx.not_applicable("no two of its parameters share memory")
+
+    def remain(module: nn.Module, after: str, hint: str) -> None:
+        now = dict(module.named_parameters(remove_duplicate=False))
+        for group in groups:
+            present = [name for name in group if name in now]
+            places = {now[name].data_ptr() for name in present}
+            if len(places) > 1:
+                ctx.fail(
+                    f"tied weights are {len(places)} separate tensors after {after}: {' and '.join(present)}",
+                    where=present[-1],
+                    hint=hint,
+                )
+
+    by_parameter = "tie the Parameter (head.weight = embedding.weight), not its data, and in the constructor"
+    remain(subject.copy().module, "a deep copy", by_parameter)
+    remain(subject.copy().module.double(), "a move to another dtype, .to(torch.float64)", by_parameter)
+    if pretrained(subject.module):
+        with tempfile.TemporaryDirectory(prefix="lmconform-") as folder:
+            remain(
+                through_pretrained(subject, ctx, folder).module,
+                "save_pretrained and from_pretrained",
+                "_tied_weights_keys does not name the head, or tie_weights() is overridden",
+            )
+        _check_resize(subject, ctx, groups, remain)
+    elif subject.builder is not None:
+        remain(through_state_dict(subject, ctx).module, "building anew and load_state_dict", by_parameter)
+
+
+def _check_resize(subject: Specimen, ctx: Context, groups: list[list[str]], remain: Any) -> None:
+    from transformers.modeling_utils import PreTrainedModel
+
+    module = subject.copy().module
+    assert isinstance(module, PreTrainedModel)
+    table = module.get_input_embeddings()
+    rows = getattr(getattr(table, "weight", None), "shape", (0,))[0]
+    names = (
+        {name for name, part in module.named_parameters(remove_duplicate=False) if part is table.weight}
+        if rows
+        else set()
+    )
+    if not any(names & set(group) for group in groups):
+        return
+    with quiet_transformers():
+        try:
+            module.resize_token_embeddings(rows + 3, mean_resizing=False)
+        except NotImplementedError as error:
+            ctx.note(f"resize_token_embeddings is not offered: {first_line(error)}")
+            return
+    left = getattr(module.get_input_embeddings().weight, "shape", (0,))[0]
+    if left != rows + 3:
+        ctx.fail(f"resize_token_embeddings({rows + 3}) left {left} rows")
+    remain(
+        module, f"resize_token_embeddings({rows + 3})", "the resize replaces one of them: call tie_weights() after it"
+    )
+
+
+@register_check(
+    "persistence.meta",
+    holds="meta-device construction plus load leaves nothing uninitialised",
+    needs=("save",),
+    requires=COMPARING,
+)
+def check_meta(subject: Specimen, ctx: Context) -> None:
+    """Memory that nobody writes is filled with NaN, so that what stays uninitialised shows.
+
+    transformers' models: from_pretrained, which builds on the meta device; buffers outside the state dict must come
+    out right too. Others: the builder under torch.device("meta"), to_empty, the reset methods of those modules that own
+    buffers outside the state dict, load_state_dict. A plain module that has such buffers and no method that would write
+    them has not promised this.
+    """
+    ids = ctx.ids(2, subject.longest(20))
+    if pretrained(subject.module):
+        with tempfile.TemporaryDirectory(prefix="lmconform-") as folder, poisoned_memory():
+            loaded = through_pretrained(subject, ctx, folder)
+        how = "from_pretrained, which builds on the meta device"
+        hint = "from_pretrained never runs what the constructor computes: write it in _init_weights, or save the buffer"
+    else:
+        loaded = _from_meta(subject, ctx)
+        how = "building on the meta device and loading"
+        hint = (
+            "the constructor computes it and the load does not: save it (persistent=True), or write it in "
+            "reset_parameters()"
+        )
+    stranded = [name for name, tensor in tensors_anywhere(loaded.module) if tensor.is_meta]
+    if stranded:
+        ctx.fail(
+            f"{stranded[0]} is still on the meta device after {how}: no values can reach it",
+            where=stranded[0],
+            hint="it is a plain attribute: register it as a buffer",
+        )
+    expected = named_tensors(subject.module)
+    for name, tensor in named_tensors(loaded.module).items():
+        if name in expected and not same_bits(tensor, expected[name]):
+            ctx.fail(f"{name} is not what it was after {how}: uninitialised, or another value", where=name, hint=hint)
+    ctx.equal(loaded.logits(ids), subject.logits(ids), f"logits differ after {how}", hint=hint)
+
+
+def _from_meta(subject: Specimen, ctx: Context) -> Specimen:
+    import torch
+
+    if subject.builder is None:
+        ctx.not_applicable("a finished model was given, so it cannot be built on the meta device")
+    assert subject.builder is not None
+    try:
+        with torch.device("meta"):
+            module = subject.builder(subject.seed)
+    except Exception as error:
+        ctx.not_applicable(f"the builder does not run under torch.device('meta'): {first_line(error)}")
+    state = saved_state(subject)
+    own = {name for name, _ in module.named_buffers()} - set(module.state_dict())
+    resets: dict[str, Any] = {}
+    for name in sorted(own):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        method = next(
+            (
+                m
+                for n in ("reset_buffers", "init_buffers", "reset_parameters", "init_weights")
+                if callable(m := getattr(owner, n, None))
+            ),
+            None,
+        )
+        if method is None and module.get_buffer(name).is_meta:
+            ctx.not_applicable(
+                f"{name} is outside the state dict, and {type(owner).__name__} has no reset_parameters()"
+            )
+        resets[name.rpartition(".")[0]] = method
+    module = module.to(dtype=subject.dtype).to_empty(device=subject.device)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name in state or name in own:
+                poison(tensor)
+        for method in filter(None, resets.values()):
+            method()
+    module.load_state_dict(state)
+    return subject._derive(module.eval())
+
+
+@register_check(
+    "persistence.copy",
+    holds="deepcopy and pickling keep behaviour",
+    requires=COMPARING,
+    profile="smoke",
+)
+def check_copy(subject: Specimen, ctx: Context) -> None:
+    """A copy answers the same, is not touched by the original's weights, and follows its own.
+
+    A method that was replaced on the instance still belongs to the original after copy.deepcopy: the copy then answers
+    with the original's weights. A model that refuses to be pickled is noted; one that comes back different is red.
+    """
+    ids = ctx.ids(2, subject.longest(20))
+    expected = subject.logits(ids)
+    original = subject._derive(subject.module)
+    try:
+        copied = original._derive(copy.deepcopy(subject.module))
+    except Exception as error:
+        ctx.fail(
+            f"copy.deepcopy(model) raises {type(error).__name__}: {first_line(error)}",
+            hint="it holds something that cannot be copied (a non-leaf tensor, a lock, a generator, an open file)",
+        )
+    _behaves(ctx, copied, ids, expected, "copy.deepcopy(model)")
+    _is_independent(ctx, subject, copied, ids, expected)
+    try:
+        written = pickle.dumps(subject.module)
+    except Exception as error:
+        ctx.note(f"it cannot be pickled, so torch.save(model) and spawned workers are out: {first_line(error)}")
+        return
+    # these bytes are our own, made a line above: loading a pickle from elsewhere would run code
+    _behaves(ctx, original._derive(pickle.loads(written)), ids, expected, "pickle.loads(pickle.dumps(model))")
+
+
+def _behaves(ctx: Context, made: Specimen, ids: Tensor, expected: Tensor, how: str) -> None:
+    hint = "__getstate__, __setstate__, __deepcopy__ or __reduce__ drops or resets something that decides the logits"
+    try:
+        logits = made.logits(ids)
+    except Exception as error:
+        ctx.fail(f"{how} gives a model that raises {type(error).__name__}: {first_line(error)}", hint=hint)
+    ctx.equal(logits, expected, f"logits of {how} differ from the model's", hint=hint)
+
+
+def _is_independent(ctx: Context, subject: Specimen, copied: Specimen, ids: Tensor, expected: Tensor) -> None:
+    import torch
+
+    hint = (
+        "a method replaced on the instance (model.forward = ...) or a hook still refers to the original: patch the "
+        "class, or use a module"
+    )
+    theirs = {p.untyped_storage().data_ptr() for p in subject.module.parameters() if p.numel()}
+    for name, parameter in copied.module.named_parameters():
+        if parameter.numel() and parameter.untyped_storage().data_ptr() in theirs:
+            ctx.fail(
+                "copy.deepcopy(model) shares memory with the model",
+                where=name,
+                hint="__deepcopy__ returns the same tensor",
+            )
+    generator = ctx.generator(7)
+    with torch.no_grad():
+        for other in copied.module.parameters():
+            if other.is_floating_point():
+                other.mul_(1 + 0.3 * torch.randn(other.shape, generator=generator).to(other))
+    if torch.equal(copied.logits(ids), expected):
+        ctx.fail("all weights of copy.deepcopy(model) were changed, and its answer was not", hint=hint)
+    ctx.equal(subject.logits(ids), expected, "changing a deep copy's weights changed the original's logits", hint=hint)

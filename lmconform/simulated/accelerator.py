@@ -1,0 +1,97 @@
+"""The pretended accelerator: its devices, and the context in which it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmconform.simulated.mode import PlacementMode
+from lmconform.simulated.runtime import pretended_runtime
+from lmconform.simulated.tracking import CPU, Ledger
+
+_active: list[SimulatedAccelerator] = []
+
+
+class SimulatedAccelerator:
+    """What `simulated_accelerator` yields.
+
+    `devices` are cuda:0, cuda:1, ...; `place(tensor)` says where a tensor lies, as `tensor.device` does. `computing` is
+    where the running operation runs; `unmarked_place` is set while the autograd engine runs, whose operations no mode
+    sees: tensors without a mark are its own, and lie there.
+    """
+
+    def __init__(self, devices: int = 1) -> None:
+        if devices < 1:
+            raise ValueError(f"devices={devices}: at least one is needed")
+        self.devices = tuple(torch.device("cuda", number) for number in range(devices))
+        self.current = 0
+        self.ledger = Ledger()
+        self.computing = CPU
+        self.unmarked_place: torch.device | None = None
+        self.mode = PlacementMode(self)
+
+    def resolve(self, device: Any) -> torch.device:
+        """The device that a device argument means. Raises what CUDA raises for one that is not there."""
+        if isinstance(device, int):
+            device = torch.device("cuda", device)
+        elif not isinstance(device, torch.device):
+            device = torch.device(device)
+        if device.type == "cpu":
+            return CPU
+        if device.type != "cuda":
+            return device
+        number = self.current if device.index is None else device.index
+        if number >= len(self.devices):
+            raise RuntimeError(
+                f"CUDA error: invalid device ordinal (cuda:{number}, where {len(self.devices)} are simulated)"
+            )
+        return self.devices[number]
+
+    def place(self, tensor: Tensor) -> torch.device:
+        mark = self.ledger.mark(tensor)
+        if mark is not None:
+            return mark.place
+        real = torch._C.TensorBase.device.__get__(tensor)
+        if real != CPU:
+            return real
+        return self.unmarked_place or CPU
+
+    @contextmanager
+    def unmarked_at(self, place: torch.device) -> Iterator[None]:
+        """While the engine runs: its tensors carry no marks, and are taken to lie where they are used.
+
+        `place` is what they answer when asked.
+        """
+        before = self.unmarked_place
+        self.unmarked_place = place
+        try:
+            yield
+        finally:
+            self.unmarked_place = before
+
+
+@contextmanager
+def simulated_accelerator(devices: int = 1) -> Iterator[SimulatedAccelerator]:
+    """A pretended CUDA with that many devices: `with simulated_accelerator() as accelerator: model.to("cuda")`.
+
+    Within, `.device` answers cuda:0 for what was moved there, and operations that mix places raise PlacementError.
+    Values are those of the CPU. Afterwards every tensor is on the CPU again, where it always was. Within another one
+    of as many devices it is that one.
+    """
+    if _active and len(_active[-1].devices) >= devices:
+        yield _active[-1]
+        return
+    if _active:
+        raise RuntimeError(f"an accelerator of {len(_active[-1].devices)} devices is simulated already")
+    accelerator = SimulatedAccelerator(devices)
+    with ExitStack() as stack:
+        stack.enter_context(pretended_runtime(accelerator))
+        _active.append(accelerator)
+        stack.callback(_active.remove, accelerator)
+        stack.callback(setattr, accelerator.mode, "retired", True)
+        stack.enter_context(accelerator.mode)
+        yield accelerator

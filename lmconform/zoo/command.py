@@ -1,0 +1,321 @@
+"""`lmconform zoo`: its options, the server process it talks to, and what becomes of the rows.
+
+This process imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lmconform.expected import ExpectedError, known_deviations
+from lmconform.options import OptionError
+from lmconform.registry import PROFILES, UnknownCheck, select_checks
+from lmconform.results import EXECUTED, SCHEMA_VERSION, write_whole
+from lmconform.zoo.journal import Journal, ResumeError, differences, journal_of, read_earlier, source_digest
+from lmconform.zoo.rows import Row, idle_entries, totals
+
+GIB = 2**30
+DEFAULTS: dict[str, Any] = {"profile": "smoke", "select": [], "deselect": [], "device": "cpu", "seed": 0, "known": True}
+
+
+class ServerError(RuntimeError):
+    """The process that imports transformers failed: our own error (exit code 3)."""
+
+
+class Refused(ValueError):
+    """The server cannot run what was asked for: a device that is not there (exit code 2)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lmconform zoo`. Those a verdict depends on default to the resumed run's."""
+    parser.description = "Check every causal architecture of transformers, shrunk, each in a process of its own."
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types or globs of them (default: all)")
+    parser.add_argument(
+        "--jobs", type=_count, default=cores(), metavar="N", help="types at once (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; finished rows are kept beside it")
+    parser.add_argument(
+        "--resume", metavar="FILE", help="go on with the run whose --json was FILE: only types without a row are run"
+    )
+    parser.add_argument("--profile", choices=PROFILES, help="how much is run (default: smoke)")
+    parser.add_argument(
+        "--select", action="append", metavar="ID", help="only these checks: ids, families or globs (repeatable)"
+    )
+    parser.add_argument(
+        "--deselect", action="append", metavar="ID", help="not these checks: ids, families or globs (repeatable)"
+    )
+    parser.add_argument("--device", help="where the models run: cpu, cuda, mps (default: cpu)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of weights and tokens (default: 0)")
+    parser.add_argument(
+        "--no-known", dest="known", action="store_false", default=None, help="show known deviations of transformers red"
+    )
+    parser.add_argument(
+        "--timeout", type=_positive, default=120.0, metavar="SECONDS", help="kill a type after (default: 120)"
+    )
+    parser.add_argument(
+        "--memory", type=_positive, default=4.0, metavar="GIB", help="memory a type may take (default: 4)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit code 0: no red, nothing stale, something ran; 1: findings; 2: usage; 3: our own error."""
+    try:
+        return _run(args)
+    except (OptionError, UnknownCheck, ResumeError, Refused) as error:
+        print(f"lmconform zoo: {error}", file=sys.stderr)
+        return 2
+    except (ServerError, ExpectedError) as error:
+        print(f"lmconform zoo: {error}", file=sys.stderr)
+        return 3
+
+
+def _run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lmconform.zoo.table import Progressing, print_rows, totals_line
+
+    started = time.monotonic()
+    if not hasattr(os, "fork"):
+        raise OptionError("this system cannot fork processes; check one type with lmconform check transformers:TYPE")
+    earlier, rows = read_earlier(Path(args.resume)) if args.resume else ({}, [])
+    report = _report_path(args)
+    settings = _settings(args, earlier)
+    known = known_deviations() if settings["known"] else []
+    checks = select_checks(settings["profile"], settings["select"], settings["deselect"])
+    if not checks:
+        raise OptionError(f"no check is left of profile {settings['profile']} after --select and --deselect")
+    console = Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
+    with Server() as server:
+        patterns = args.types or earlier.get("patterns", [])
+        types = choose_types(patterns, server.types)
+        versions = {**server.versions, "lmconform": f"{server.versions.get('lmconform', '')}+{source_digest()}"}
+        run = {"patterns": patterns, **settings, "versions": versions}
+        rows, said = _taken_over(args.resume, earlier, rows, run, types)
+        for line in said:
+            console.print(line, markup=False, highlight=False)
+        waiting = [type for type in types if type not in {row.type for row in rows}]
+        console.print(
+            f"{len(waiting)} types, {len(checks)} checks ({settings['profile']}), "
+            f"{args.jobs} at once; transformers {versions.get('transformers')}, torch {versions.get('torch')}",
+            highlight=False,
+        )
+        journal = Journal(report, run, rows) if report else None
+        try:
+            with Progressing(console, len(types), len(rows)) as progress:
+                for event in server.run(waiting, settings, args) if waiting else ():
+                    if event["event"] == "started":
+                        progress.start(event["type"])
+                    else:
+                        row = Row.from_dict(event["row"])
+                        rows.append(row)
+                        if journal:
+                            journal.add(row)
+                        progress.end(row)
+        except KeyboardInterrupt:
+            _say_interrupted(len(rows), len(types), report)
+            return 130
+        finally:
+            if journal:
+                journal.close(remove=False)
+    rows.sort(key=lambda row: row.type)
+    sums = totals(rows, time.monotonic() - started, cores(), args.jobs)
+    notes = [*said, *(idle_entries(rows, known, server.types) if not args.types else [])]
+    print_rows(console, rows)
+    for note in notes[len(said) :]:
+        console.print(note, markup=False, highlight=False)
+    console.print(totals_line(sums), style="bold", highlight=False)
+    if report:
+        _write(report, run, sums, rows, notes)
+        journal_of(report).unlink()
+    if any(row.own_error for row in rows):
+        print("lmconform zoo: lmconform itself failed in a type above", file=sys.stderr)
+        return 3
+    ran = any(sums["checks"].get(status) for status in EXECUTED)
+    return 0 if ran and not sums["red"] and not sums["stale"] else 1
+
+
+def _report_path(args: argparse.Namespace) -> Path | None:
+    """Where the rows go, known to be writable before minutes are spent. Raises OptionError."""
+    given = args.json or args.resume
+    if not given:
+        return None
+    path = Path(given)
+    if path.is_dir():
+        raise OptionError(f"--json {path}: is a directory")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OptionError(f"--json {path}: cannot write into {path.parent}")
+    return path
+
+
+def _settings(args: argparse.Namespace, earlier: dict[str, Any]) -> dict[str, Any]:
+    """The options a verdict depends on: as given, else as the resumed run had them, else the defaults."""
+    settings: dict[str, Any] = {}
+    for name, default in DEFAULTS.items():
+        given = getattr(args, name)
+        settings[name] = earlier.get(name, default) if given is None else given
+    for name in ("select", "deselect"):
+        settings[name] = " ".join(settings[name]).replace(",", " ").split()
+    return settings
+
+
+def choose_types(patterns: list[str], types: list[str]) -> list[str]:
+    """The types that names and globs stand for, all without any. Raises OptionError with the nearest names."""
+    if not patterns:
+        return list(types)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        name = pattern.removeprefix("transformers:")
+        found = fnmatch.filter(types, name)
+        if not found:
+            near = difflib.get_close_matches(name, types, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise OptionError(f"no causal model type of transformers is called {pattern!r}{hint}")
+        chosen.update(found)
+    return [type for type in types if type in chosen]
+
+
+def _taken_over(
+    file: str | None, earlier: dict[str, Any], rows: list[Row], run: dict[str, Any], types: list[str]
+) -> tuple[list[Row], list[str]]:
+    """The earlier rows that stand, and what the user should know about it."""
+    if file is None:
+        return [], []
+    if reasons := differences(earlier, run):
+        return [], [f"resuming {file}: none of its {len(rows)} rows taken over, they were made under other terms:"] + [
+            f"  {reason}" for reason in reasons
+        ]
+    asked = [row for row in rows if row.type in types]
+    kept = [row for row in asked if not row.cut_short and not row.own_error]
+    again = [row.type for row in asked if row.cut_short or row.own_error]
+    said = [f"resuming {file}: {len(kept)} of {len(types)} rows taken over, same versions and options"]
+    if again:
+        said.append(f"  run again, because they did not come to their end: {', '.join(again)}")
+    return kept, said
+
+
+def _say_interrupted(done: int, total: int, report: Path | None) -> None:
+    way = f"go on with: lmconform zoo --resume {report}" if report else "nothing is kept without --json FILE"
+    print(f"\nlmconform zoo: interrupted after {done} of {total} types; {way}", file=sys.stderr)
+
+
+def _write(path: Path, run: dict[str, Any], sums: dict[str, Any], rows: list[Row], notes: list[str]) -> None:
+    from lmconform import SPEC_VERSION
+
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "spec_version": SPEC_VERSION,
+        "run": run,
+        "totals": sums,
+        "notes": notes,
+        "rows": [row.to_dict() for row in rows],
+    }
+    write_whole(path, json.dumps(data, indent=1) + "\n")
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return number
+
+
+class Server(contextlib.AbstractContextManager["Server"]):
+    """The child process of lmconform.zoo.server, ready once it has imported transformers. Raises ServerError."""
+
+    def __init__(self) -> None:
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
+        boot = f"import sys; sys.path[:] = {sys.path!r}; from lmconform.zoo.server import main; main()"
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for CUDA must not start its driver
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", boot], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            env=environment, start_new_session=True,  # Ctrl-C is for the command; the server ends when stdin closes
+        )  # fmt: skip
+        try:
+            ready = self._event()
+        except BaseException:
+            self.__exit__()
+            raise
+        self.types: list[str] = ready["types"]
+        self.versions: dict[str, str] = ready["versions"]
+
+    def __exit__(self, *error: object) -> None:
+        """Closing its stdin lets the server kill its children and end; one that does not is killed."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._errors.close()
+
+    def run(self, types: list[str], settings: dict[str, Any], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+        """`started` and `row` events until every type has its row."""
+        return self.run_subjects([(type, f"transformers:{type}") for type in types], settings, args)
+
+    def run_subjects(
+        self, subjects: list[tuple[str, str]], settings: dict[str, Any], args: argparse.Namespace
+    ) -> Iterator[dict[str, Any]]:
+        """The same for (name, SPEC) pairs. Raises Refused, ServerError."""
+        assert self._process.stdin is not None
+        request = {
+            "subjects": subjects,
+            "options": {
+                **settings,
+                "timeout": max(1.0, args.timeout / 2),
+            },  # one hanging check leaves time to the others
+            "jobs": args.jobs,
+            "timeout": args.timeout,
+            "memory": int(args.memory * GIB),
+        }
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        while (event := self._event())["event"] != "done":
+            if event["event"] == "refused":
+                raise Refused(event["reason"])
+            yield event
+
+    def _event(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            tail = self._errors.read().decode(errors="replace").strip()[-2000:]
+            raise ServerError(f"the process that imports transformers ended ({self._process.returncode}):\n{tail}")
+        event: dict[str, Any] = json.loads(line)
+        return event
