@@ -60,6 +60,12 @@ def _embeds(subject: Specimen) -> Capability:
         return taken
     if structure.embedding(subject.module, subject.vocab_size) is None:
         return Capability(False, "no token embedding found to make inputs_embeds with")
+    try:
+        subject.logits(embeds=subject.embed(subject.probe_ids()))
+    except (ValueError, NotImplementedError) as error:  # a refusal in words; any other failure is for the checks to say
+        return Capability(False, f"forward() refuses inputs_embeds: {conventions.first_line(error)}")
+    except Exception:
+        return YES
     return YES
 
 

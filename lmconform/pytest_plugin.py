@@ -209,7 +209,16 @@ class ConformanceItem(pytest.Item):
             value = getattr(result, key)
             if value not in (None, ""):
                 self.user_properties.append((f"lmconform_{key}", str(value)))
+        if result.status == Status.blocked and not self._tells(result.where):
+            pytest.fail(f"{result.id}: {result.message}", pytrace=False)
         settle(result, strict=self.handle.options.strict)
+
+    def _tells(self, id: str) -> bool:
+        """Whether that check of the same subject is an item of this run, so that its finding shows."""
+        return not id or any(
+            isinstance(item, ConformanceItem) and item.handle is self.handle and item.check.id == id
+            for item in self.session.items
+        )
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], *args: Any, **kwargs: Any) -> Any:
         if isinstance(excinfo.value, pytest.fail.Exception):

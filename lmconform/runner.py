@@ -73,16 +73,16 @@ class Runner:
                 why = prerequisite.message.partition("\n")[0]
                 return self._result(check, Status.blocked, f"blocked by {id}: {why}", where=id)
         self.started(check.id)
-        for need in check.needs:
-            capability = self.subject.can(need)
-            if not capability:
-                return self._result(check, Status.not_applicable, f"needs {need}: {capability.reason}")
         return self._execute(check)
 
     def _execute(self, check: Check) -> Result:
         context = self._context(check, self.subject)
         try:
             with _time_limit(self.timeout), _quiet(self.seed):
+                for need in check.needs:
+                    capability = self.subject.can(need)
+                    if not capability:
+                        raise Unavailable(f"needs {need}: {capability.reason}")
                 violation = _attempt(check, self.subject, context)
                 if violation is None and self.profile == "thorough" and check.space and self._case(check) is None:
                     violation = search(check, self.subject, seed=self.seed, seconds=self.timeout / 4, examples=100)
@@ -160,8 +160,9 @@ class Runner:
         if shown.case is not None:
             origin = f" (first seen at {first.case})" if small is not None and first.case != small.case else ""
             lines.append(f"smallest case: {shown.case}{origin}" if small is not None else f"case: {shown.case}")
-        if shown.hint:
-            lines.append(f"likely cause: {shown.hint}")
+        hint = first.hint or shown.hint  # the larger case tells causes apart that the smallest cannot
+        if hint:
+            lines.append(f"likely cause: {hint}")
         lines.extend(notes)
         status = Status.warned if check.severity == "warning" else Status.failed
         result = self._result(check, status, "\n".join(lines), shown.case)
@@ -221,9 +222,13 @@ class Named(Protocol):
 N = TypeVar("N", bound=Named)
 
 
-def run_all(run: Callable[[N], Result], checks: Sequence[N], *, budget: float | None = None) -> Iterator[Result]:
-    """Results in order; checks that no longer fit into `budget` seconds are `not_run`, by name."""
+def run_all(run: Callable[[Any], Result], checks: Sequence[N], *, budget: float | None = None) -> Iterator[Result]:
+    """Results in order; checks that no longer fit into `budget` seconds are `not_run`, by name.
+
+    The check that blocks another is a finding: it is among the results even where it was not selected.
+    """
     started = time.monotonic()
+    told = {check.id for check in checks}
     for check in checks:
         spent = time.monotonic() - started
         if budget is not None and spent >= budget:
@@ -233,6 +238,9 @@ def run_all(run: Callable[[N], Result], checks: Sequence[N], *, budget: float | 
             )  # fmt: skip
         else:
             result = run(check)
+        if result.status == Status.blocked and result.where not in told:
+            told.add(result.where)
+            yield run(get_check(result.where))
         yield result
 
 

@@ -38,7 +38,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
     )),
     (HIDDEN, (
         "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "lru_width",
-        "word_embed_proj_dim", "text_hidden_size", "hidden_size_global", "adapter_input_size",
+        "word_embed_proj_dim", "dim_model_base", "text_hidden_size", "hidden_size_global", "adapter_input_size",
         "adapter_in_dim", "adapter_out_dim", "out_hidden_size", "ext_pw_out_channel",
         "nemo_conv_channels", "output_channels", "audio_embed_dim", "mm_embed_dim",
     )),
@@ -51,7 +51,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads",
         "encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads",
         "num_decoder_attention_heads", "swa_num_attention_heads", "linear_num_heads",
-        "linear_num_value_heads", "index_n_heads", "conf_num_attention_heads",
+        "linear_num_value_heads", "conf_num_attention_heads",
     )),
     (KV_HEADS, (
         "num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads",
@@ -105,7 +105,10 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         "topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts",
         "first_k_dense_replace", "num_dense_layers", "num_nextn_predict_layers",
     )),
-    (32, ("image_size", "mm_tokens_per_image", "num_mel_bins")),
+    (32, (
+        "image_size", "mm_tokens_per_image", "num_mel_bins",
+        "index_n_heads",  # sparse indexers sum rectified scores over their heads: with few, scores tie at 0 exactly
+    )),
 )  # fmt: skip
 _SIZE_OF = {name: size for size, names in _SIZES for name in names}
 

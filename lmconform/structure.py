@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ def blocks(module: nn.Module) -> tuple[str, nn.ModuleList] | None:
         and len(part) > 0
         and not any(isinstance(child, nn.Embedding | nn.ModuleList) for child in part)
     ]
+    beside = Counter((name.rpartition(".")[0], len(part)) for name, part in lists)
+    # three lists of one length side by side (XLM: attentions, norms, ffns) are one layer's parts, not layers
+    lists = [(name, part) for name, part in lists if beside[name.rpartition(".")[0], len(part)] < 3]
     if not lists:
         return None
     return max(lists, key=lambda item: (_size(item[1]), -len(item[0])))
@@ -104,7 +108,9 @@ def embedding(module: nn.Module, vocab_size: int) -> nn.Module | None:
             found = getter()
         except (NotImplementedError, AttributeError):
             found = None
-        if isinstance(found, nn.Module):
+        if isinstance(found, nn.Module) and not isinstance(
+            found, nn.ModuleList
+        ):  # one table a codebook: no ids to embed
             return found
     tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     exact = [table for table in tables if table.num_embeddings == vocab_size]

@@ -378,7 +378,6 @@ class PlacementMode(TorchFunctionMode):
             for owner in (Tensor, torch):
                 if (func := getattr(owner, name, None)) is not None:
                     table[func] = through
-        table[torch._C._nn._parse_to] = through  # nn.Module.to reads its arguments with this
         for constructor in _device_constructors():
             table[constructor] = self._construct
         table |= {torch.as_tensor: self._adopt, torch.asarray: self._adopt}

@@ -222,7 +222,7 @@ def _answers(accelerator: SimulatedAccelerator) -> Iterator[tuple[Any, dict[str,
     )
     yield torch.amp.autocast_mode.autocast, {"__init__": _autocast_init(torch.amp.autocast_mode.autocast.__init__)}
     yield threading.Thread, {"run": _threads(accelerator, threading.Thread.run)}
-    yield torch._C._nn, {"_parse_to": _parse_to(torch._C._nn._parse_to)}
+    yield torch._C._nn, {"_parse_to": _parse_to(accelerator, torch._C._nn._parse_to)}
     yield DeviceContext, {"__torch_function__": _device_context(accelerator, DeviceContext.__torch_function__)}
     hooks = torch.autograd.graph.saved_tensors_hooks
     yield hooks, {"__init__": _saved_tensors(accelerator, hooks.__init__)}
@@ -293,13 +293,19 @@ def _autocast_dtype(real: Any, enabled: Any) -> Any:
     return get_autocast_dtype
 
 
-def _parse_to(real: Any) -> Any:
+def _parse_to(accelerator: SimulatedAccelerator, real: Any) -> Any:
+    """What nn.Module.to reads its arguments with, for a bare number and for a tensor to be like, too."""
+
     def parse_to(*args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], int):
             args = (torch.device("cuda", args[0]), *args[1:])
         if isinstance(kwargs.get("device"), int):
             kwargs["device"] = torch.device("cuda", kwargs["device"])
-        return real(*args, **kwargs)
+        # It is a torch function itself: the mode would take it for one that makes tensors on that device.
+        with torch._C.DisableTorchFunction():
+            device, *others = real(*args, **kwargs)
+        like = args[0] if args else kwargs.get("tensor")
+        return (accelerator.place(like) if isinstance(like, torch.Tensor) else device, *others)
 
     return parse_to
 

@@ -176,3 +176,13 @@ def test_verdicts_do_not_depend_on_global_random_state(specimen: Specimen, regis
     Runner(specimen).run(first)
     assert seen[0] == seen[1]
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_unselected_check_that_blocks_is_told(specimen: Specimen, register: Register) -> None:
+    register(lambda subject, ctx: ctx.fail("does not hold"), "own.root")
+    blocked = register(lambda subject, ctx: None, "own.blocked", requires=("own.root",))
+    results = list(run_all(Runner(specimen).run, [blocked]))
+    assert [(result.id, result.status) for result in results] == [
+        ("own.root", Status.failed),
+        ("own.blocked", Status.blocked),
+    ]

@@ -133,3 +133,9 @@ def test_importing_the_package_does_not_import_torch() -> None:
         "sys.exit(bool({'torch', 'transformers', 'hypothesis'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_check_blocked_by_one_outside_the_run_fails(project: pytest.Pytester) -> None:
+    result = project.runpytest("--lm", "models:Broken", "--lm-select", "batching.permutation")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*batching.permutation: blocked by contract.finite: *"])
