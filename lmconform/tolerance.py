@@ -45,18 +45,20 @@ def noise_floor(subject: Specimen, ids: Tensor) -> float:
 
 
 def perturbed(subject: Specimen, ids: Tensor, size: float) -> Tensor:
-    """Logits of a copy whose every weight is moved by a random relative `size`."""
+    """Logits of a copy whose weights are moved at random by a relative `size`, at least to the next number."""
     import torch
 
     copy = subject.copy()
     generator = torch.Generator().manual_seed(subject.seed + 1)
     with torch.no_grad():
         for parameter in copy.module.parameters():
-            if parameter.is_floating_point():
-                wobble = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.mul_(1 + size * wobble) if size > epsilon(parameter.dtype) else parameter.copy_(
-                    torch.where(wobble > 0, parameter * (1 + epsilon(parameter.dtype)), parameter)
-                )
+            if not parameter.is_floating_point():
+                continue
+            wobble = torch.randn(parameter.shape, generator=generator).to(parameter)
+            if size > epsilon(parameter.dtype):
+                parameter.mul_(1 + size * wobble)
+            else:  # one unit in the last place, for every other weight: a smaller product would round to no change
+                parameter.copy_(torch.where(wobble > 0, parameter * (1 + epsilon(parameter.dtype)), parameter))
     return copy.logits(ids)
 
 
@@ -69,7 +71,6 @@ def typical(error: Tensor) -> float:
 
 def allowed(noise: float, logits: Tensor) -> float:
     """The bound for comparing logits like these: FACTOR noise floors, at least FACTOR units in the last place."""
-    finite = logits.detach()[logits.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    scale = float(logits.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()) if logits.numel() else 0.0
     floor = epsilon(logits.dtype) * scale
     return FACTOR * max(noise if noise == noise else 0.0, floor)
