@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lmconform.pytest_plugin import parametrize_with_checks
     from lmconform.registry import register_check
     from lmconform.results import Cause, Report, Result, Status
+    from lmconform.simulated import PlacementError, simulated_accelerator
     from lmconform.specimen import Unavailable
     from lmconform.subject import BuildError, Subject
 
@@ -36,11 +37,14 @@ _HOMES = {
     "Unavailable": "specimen",
     "Span": "cases",
     "Choice": "cases",
+    "simulated_accelerator": "simulated",
+    "PlacementError": "simulated",
 }
 
 __all__ = [
-    "SPEC_VERSION", "BuildError", "Cause", "Choice", "Context", "Report", "Result", "Span", "Status", "Subject",
-    "Unavailable", "Violation", "__version__", "check_model", "parametrize_with_checks", "register_check",
+    "SPEC_VERSION", "BuildError", "Cause", "Choice", "Context", "PlacementError", "Report", "Result", "Span", "Status",
+    "Subject", "Unavailable", "Violation", "__version__", "check_model", "parametrize_with_checks", "register_check",
+    "simulated_accelerator",
 ]  # fmt: skip
 
 

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 
     from lmconform.registry import Check
 
-__all__ = ["Context", "Unavailable", "Violation"]
+__all__ = ["Context", "Hint", "Unavailable", "Violation"]
+
+
+class Hint(str):
+    """The likely cause in a user's words, with the ids of the causes it points at, likeliest first."""
+
+    suspects: tuple[str, ...]
+
+    def __new__(cls, text: str, *suspects: str) -> Hint:
+        hint = super().__new__(cls, text)
+        hint.suspects = suspects
+        return hint
 
 
 class Violation(Exception):

@@ -282,8 +282,9 @@ def expect_logits(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's first line, at most 200 characters."""
+    """An exception's first line, at most 200 characters; of a PlacementError also what names the stray tensor."""
     if refused := re.search(r"tried to allocate (\d+) bytes", str(error)):
         return f"out of memory: tried to allocate {int(refused[1]) / 2**30:.1f} GiB at once"
     text = str(error).strip().splitlines()
-    return (text[0] if text else "(no message)")[:200]
+    named = getattr(error, "sentence", "")  # of a PlacementError
+    return (text[0] if text else "(no message)")[:200] + (f" {named}" if named else "")

@@ -23,10 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lmconform.expected import Expectation, ExpectedError, apply
+from lmconform.diagnosis import diagnose
+from lmconform.expected import RED, Expectation, ExpectedError, apply
 from lmconform.options import OptionError, Options
 from lmconform.registry import UnknownCheck
-from lmconform.results import Report, Result, Status
+from lmconform.results import Cause, Report, Result, Status
 from lmconform.runner import PACKAGE, Named, reproduction, run_all
 from lmconform.session import repeated, versions
 from lmconform.subject import BuildError
@@ -236,10 +237,26 @@ class Child:
             seed=self.options.seed,
             versions=versions(),
             results=results,
+            causes=self._causes(results),
             notes=list(dict.fromkeys(notes)),
             strict=self.options.strict,
             died=self.died,
         )
+
+    def _causes(self, results: list[Result]) -> list[Cause]:
+        """The likeliest causes; without probes where the process is gone, or goes over them."""
+        if not any(result.status in RED for result in results):
+            return []
+        if self._process is not None and not self._ended:
+            try:
+                self._process.send(diagnose=[result.to_dict() for result in results])
+                event = self._await(self._process, "causes", self.options.timeout + GRACE)
+                return [Cause(**cause) for cause in event["causes"]]
+            except WorkerFailure as failure:
+                self.failures.append(failure.trace)
+            except _Gone:
+                self._drop()
+        return diagnose(results, spec=self.spec)
 
     def _drop(self) -> None:
         if self._process is not None:

@@ -30,7 +30,7 @@ class Options:
     profile: str = _option("default", "how much is run", choices=PROFILES)
     select: tuple[str, ...] = _option((), "only these checks: ids, families or globs", "ID")
     deselect: tuple[str, ...] = _option((), "not these checks: ids, families or globs", "ID")
-    device: str = _option("cpu", "where the subject runs: cpu, cuda, cuda:1, mps", "DEVICE")
+    device: str = _option("cpu", "where the subject runs: cpu, cuda, cuda:1, mps, or pretended: sim, sim:2", "DEVICE")
     dtype: str | None = _option(None, "convert the subject: float32, float64, bfloat16, float16", "DTYPE")
     reference: Any = _option(None, "a sound model of the same weights to compare with", "SPEC")
     as_loaded: bool = _option(False, "check the weights as they are, not excited ones")

@@ -5,6 +5,7 @@ Without `--lm` it adds nothing to a run. Importing it imports neither torch nor 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import warnings
@@ -17,7 +18,7 @@ from lmconform import __version__
 from lmconform.expected import ExpectedError
 from lmconform.options import NAMES, OptionError, Options, make_options, read_ini
 from lmconform.registry import Check, UnknownCheck
-from lmconform.results import EXECUTED, FINDINGS, Report, Result, Status, tally, write_whole
+from lmconform.results import EXECUTED, FINDINGS, Cause, Report, Result, Status, tally, write_whole
 
 if TYPE_CHECKING:
     from lmconform.session import Session
@@ -141,15 +142,26 @@ class Conformance:
             run = self.results.setdefault(entry["spec"], {"meta": entry["meta"], "results": []})
             run["results"].append(entry["result"])
 
+    @functools.cached_property
     def reports(self) -> list[Report]:
-        """One Report a subject, from what all workers sent."""
-        return [
-            Report(**run["meta"], results=[Result.from_dict(result) for result in run["results"]])
-            for run in self.results.values()
-        ]
+        """One Report a subject, from what all workers sent; made when the run is over."""
+        made = []
+        for spec, run in self.results.items():
+            results = [Result.from_dict(result) for result in run["results"]]
+            made.append(Report(**run["meta"], results=results, causes=self._causes(spec, results)))
+        return made
+
+    def _causes(self, spec: str, results: list[Result]) -> list[Cause]:
+        """With probes where the subject was built in this process, from the verdicts alone where workers ran them."""
+        handle = next((handle for handle in self.handles if handle.spec == spec), None)
+        if handle is not None:
+            return handle.session.causes(results)
+        from lmconform.diagnosis import diagnose
+
+        return diagnose(results, spec=spec)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        reports = self.reports()
+        reports = self.reports
         if not reports:
             return
         terminalreporter.section("lmconform")
@@ -158,14 +170,17 @@ class Conformance:
             if not any(result.status in EXECUTED for result in report.results):
                 verdict = "nothing was checked"
             terminalreporter.write_line(f"{report.subject} {verdict}: {tally(report.counts)}")
-            for cause in report.causes:
-                terminalreporter.write_line(f"  {cause.score:.2f} {cause.id}: {cause.summary}")
+            for cause in report.causes[:3]:
+                terminalreporter.write_line(f"  {cause.id} ({cause.score:.0%}): {cause.summary}")
+                for label, text in (("where", cause.where), ("confirm", cause.confirm), ("mend", cause.mend)):
+                    if text and cause is report.causes[0]:
+                        terminalreporter.write_line(f"    {label}: {text}")
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(self.config, "workerinput"):
             return
-        reports = self.reports()
+        reports = self.reports
         nothing = [r.subject for r in reports if not any(result.status in EXECUTED for result in r.results)]
         if nothing and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

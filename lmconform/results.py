@@ -52,6 +52,7 @@ class Result:
     where: str = ""
     repro: str = ""
     seconds: float = 0.0
+    suspects: tuple[str, ...] = ()  # ids of the causes that this check's own measurement points at, likeliest first
 
     def to_dict(self) -> dict[str, Any]:
         return {key: jsonable(value) for key, value in asdict(self).items()}
@@ -59,6 +60,7 @@ class Result:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Result:
         data = dict(data, status=Status(data["status"]))
+        data["suspects"] = tuple(data.get("suspects", ()))
         for key in ("measured", "allowed", "margin", "seconds"):
             if isinstance(data.get(key), str):
                 data[key] = float(data[key])

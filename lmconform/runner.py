@@ -30,6 +30,9 @@ SHRINK_SECONDS = 4.0
 PACKAGE = str(Path(__file__).parent) + "/"
 
 
+P = TypeVar("P")
+
+
 class Hang(BaseException):
     """A check outlived its time. Not an Exception, so that a subject's own `except Exception` cannot swallow it."""
 
@@ -53,10 +56,24 @@ class Runner:
         """The check's result; prerequisites are run first, unreported, where they have not run yet."""
         if check.id not in self._results:
             started = time.perf_counter()
-            result = self._decide(check)
+            with self.subject.placed():
+                result = self._decide(check)
             result.seconds = time.perf_counter() - started
             self._results[check.id] = result
         return self._results[check.id]
+
+    def guarded(self, probe: Callable[[], P]) -> P:
+        """Run a probe of the diagnosis as a check is run: within time, leaving no trace.
+
+        Raises Unavailable where the subject does not go along.
+        """
+        try:
+            with _time_limit(self.timeout), _quiet(self.seed):
+                return probe()
+        except Unavailable:
+            raise
+        except (Exception, Hang) as error:
+            raise Unavailable(f"{type(error).__name__}: {error}") from error
 
     def remember(self, result: Result) -> None:
         """Take over what is known already: the process was started anew after a crash."""
@@ -161,13 +178,14 @@ class Runner:
             origin = f" (first seen at {first.case})" if small is not None and first.case != small.case else ""
             lines.append(f"smallest case: {shown.case}{origin}" if small is not None else f"case: {shown.case}")
         hint = first.hint or shown.hint  # the larger case tells causes apart that the smallest cannot
+        suspects = getattr(hint, "suspects", ())
         if hint:
             lines.append(f"likely cause: {hint}")
         lines.extend(notes)
         status = Status.warned if check.severity == "warning" else Status.failed
         result = self._result(check, status, "\n".join(lines), shown.case)
         result.measured, result.allowed, result.where = shown.measured, shown.allowed, shown.where
-        result.margin = shown.margin
+        result.margin, result.suspects = shown.margin, suspects
         return result
 
     def _result(self, check: Check, status: Status, message: str, case: Case | None = None, where: str = "") -> Result:

@@ -97,7 +97,7 @@ def through_pretrained(subject: Specimen, ctx: Context, folder: str) -> Specimen
                 where=wrong[0],
                 hint="look at _tied_weights_keys, _keys_to_ignore_on_save, conversion mappings, and names that change",
             )
-    return subject._derive(module.to(subject.device).eval())
+    return subject._derive(subject.put(module).eval())
 
 
 def saved_state(subject: Specimen) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import __version__
 from lmconform.cases import Case, parse_case
+from lmconform.devices import Device
 from lmconform.expected import Expectation, apply, known_deviations, read_expected
 from lmconform.loading import import_first
 from lmconform.options import OptionError, Options
 from lmconform.registry import Check, select_checks
-from lmconform.results import Report, Result
+from lmconform.results import Cause, Report, Result
 from lmconform.runner import Runner, run_all
-from lmconform.subject import Subject, as_subject
+from lmconform.subject import Subject, as_subject, resolve_device
 
 if TYPE_CHECKING:
     from lmconform.specimen import Specimen
@@ -56,10 +57,11 @@ class Session:
         """The runner on the built subject. Raises BuildError."""
         if self._runner is None:
             options = self.options
-            specimen = self._specimen(self.subject, as_loaded=options.as_loaded)
+            home = resolve_device(options.device)
+            specimen = self._specimen(self.subject, home, as_loaded=options.as_loaded)
             if options.reference is not None:
                 reference = as_subject(options.reference, trust_remote_code=options.trust_remote_code)
-                specimen.reference = self._specimen(reference, as_loaded=True)
+                specimen.reference = self._specimen(reference, home, as_loaded=True)
             self._runner = Runner(
                 specimen,
                 profile=options.profile,
@@ -71,10 +73,10 @@ class Session:
             )
         return self._runner
 
-    def _specimen(self, subject: Subject, *, as_loaded: bool) -> Specimen:
+    def _specimen(self, subject: Subject, home: Device, *, as_loaded: bool) -> Specimen:
         return subject.open(
             seed=self.options.seed,
-            device=self.options.device,
+            device=home,
             dtype=self.options.dtype,
             as_loaded=as_loaded,
             announce=self.announce,
@@ -107,6 +109,12 @@ class Session:
         self.open()
         yield from run_all(self.run, self.checks, budget=self.options.time_budget)
 
+    def causes(self, results: list[Result]) -> list[Cause]:
+        """The likeliest causes of what is red among these results."""
+        from lmconform.diagnosis import diagnose
+
+        return diagnose(results, self._runner, spec=self.subject.spec)
+
     def report(self, results: list[Result]) -> Report:
         """The Report of these results."""
         return Report(
@@ -117,6 +125,7 @@ class Session:
             seed=self.options.seed,
             versions=versions(),
             results=results,
+            causes=self.causes(results),
             notes=list(dict.fromkeys(self.notes)),
             strict=self.options.strict,
         )

@@ -38,7 +38,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
     )),
     (HIDDEN, (
         "hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim", "lru_width",
-        "word_embed_proj_dim", "dim_model_base", "text_hidden_size", "hidden_size_global", "adapter_input_size",
+        "word_embed_proj_dim", "text_hidden_size", "hidden_size_global", "adapter_input_size",
         "adapter_in_dim", "adapter_out_dim", "out_hidden_size", "ext_pw_out_channel",
         "nemo_conv_channels", "output_channels", "audio_embed_dim", "mm_embed_dim",
     )),
@@ -80,7 +80,7 @@ _SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         "query_pre_attn_scalar",
     )),
     (8, (
-        "qk_rope_head_dim", "rotary_dim", "state_size", "ssm_state_size", "mamba_d_state", "d_rel",
+        "qk_rope_head_dim", "rotary_dim", "dim_model_base", "state_size", "ssm_state_size", "mamba_d_state", "d_rel",
         "mamba_n_heads", "mamba_num_heads", "n_mamba_heads",
     )),
     (5, ("time_step_rank", "mamba_dt_rank")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from lmconform.conventions import Convention, Output, first_line
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from lmconform.devices import Device
 
 LARGE = 1 << 30  # bytes of weights from which a copy is announced
 LONGEST_PROBE = 128
@@ -44,6 +47,7 @@ class Specimen:
         tokenizer: Any = None,
         recipe: Any = None,
         reference: Specimen | None = None,
+        home: Device | None = None,
         announce: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.module = module
@@ -56,6 +60,7 @@ class Specimen:
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.reference = reference
+        self.home = home
         self.announce = announce
         self._pristine = pristine
         self._capabilities: dict[str, capabilities.Capability] = {}
@@ -88,6 +93,14 @@ class Specimen:
         import torch
 
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def placed(self) -> AbstractContextManager[Any]:
+        """Within, its device is there: needed around every use of a subject on a simulated device. Runner does it."""
+        return nullcontext() if self.home is None else self.home.active()
+
+    def put(self, module: nn.Module) -> nn.Module:
+        """`module` moved to where this subject's module is."""
+        return module.to(self.device) if self.home is None else self.home.put(module)
 
     @functools.cached_property
     def context_length(self) -> int | None:
@@ -140,6 +153,29 @@ class Specimen:
 
         generator = torch.Generator().manual_seed(0)
         return random_ids(self.ordinary_ids, batch, time, generator).to(self.device)
+
+    @functools.cached_property
+    def first_position(self) -> int:
+        """The k among 0 and padding token + 1 (RoBERTa) for which position_ids k, k + 1, ... repeat the default.
+
+        0 where none does, or where the model takes no positions.
+        """
+        import torch
+
+        token = structure.special_ids(self.module).get("pad_token_id")
+        if self.convention.positions is None or token is None:
+            return 0
+        ids = self.probe_ids(1, self.longest(5))
+        default = self.logits(ids)
+        bound = tolerance.allowed(self.noise, default)
+        for first in (0, token + 1):
+            try:
+                counted = self.logits(ids, positions=torch.arange(ids.shape[1], device=ids.device)[None] + first)
+            except Exception:  # beyond a table's end, or no positions of that shape: the checks say so
+                return 0
+            if float((counted - default).abs().max()) <= bound:
+                return first
+        return 0
 
     def can(self, name: str) -> capabilities.Capability:
         """Whether it has that capability, probed once."""
@@ -210,7 +246,7 @@ class Specimen:
         keep: dict[str, Any] = {
             "name": self.name, "spec": self.spec, "seed": self.seed, "builder": self.builder,
             "pristine": self._pristine, "tokenizer": self.tokenizer, "recipe": self.recipe,
-            "reference": self.reference, "announce": self.announce,
+            "reference": self.reference, "home": self.home, "announce": self.announce,
         }  # fmt: skip
         keep.update(changes)
         derived = Specimen(module, self.convention, self.vocab_size, **keep)
@@ -230,7 +266,7 @@ class Specimen:
                 raise Unavailable(f"the model cannot be copied: {type(error).__name__}: {error}") from error
             fresh = self.builder(self.seed)
             fresh.load_state_dict(self.module.state_dict())
-            return fresh.to(device=self.device, dtype=self.dtype).train(self.module.training)
+            return self.put(fresh.to(dtype=self.dtype)).train(self.module.training)
 
     def twin(self) -> Specimen | None:
         """A float64 copy, made once; None where the model does not run, or does not answer, in float64."""
@@ -261,15 +297,14 @@ class Specimen:
         """Built anew under that seed, weights as the builder leaves them. Raises Unavailable without a builder."""
         if self.builder is None:
             raise Unavailable(str(self.can("rebuild").reason))
-        module = self.builder(seed).to(device=self.device, dtype=self.dtype)
-        return self._derive(module.eval(), seed=seed)
+        return self._derive(self.put(self.builder(seed).to(dtype=self.dtype)).eval(), seed=seed)
 
     def as_loaded(self) -> Specimen:
         """The model with the weights it came with, before excitation; made once."""
         if self._pristine is None:
             return self
         if self._loaded is None:
-            module = self._pristine().to(device=self.device, dtype=self.dtype).eval()
+            module = self.put(self._pristine().to(dtype=self.dtype)).eval()
             self._loaded = self._derive(module, pristine=None)
         return self._loaded
 

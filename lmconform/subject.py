@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lmconform.conventions import ConventionError, find_convention, first_line
+from lmconform.devices import Device, DeviceError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from lmconform.specimen import Specimen
@@ -55,21 +57,28 @@ class Subject:
         self,
         *,
         seed: int = 0,
-        device: str = "cpu",
+        device: str | Device = "cpu",
         dtype: str | None = None,
         as_loaded: bool = False,
         announce: Callable[[str], None] = lambda text: None,
     ) -> Specimen:
         """Build the model, excite its weights (unless `as_loaded`) and find out how it is called.
 
-        Raises BuildError with the whole reason.
+        On a simulated device ("sim") the specimen is to be used within `specimen.placed()`. Raises BuildError with the
+        whole reason.
         """
+        home, number = resolve_device(device) if isinstance(device, str) else device, resolve_dtype(dtype)
+        with home.active():
+            return self._open(home, number, seed, as_loaded, announce)
+
+    def _open(
+        self, home: Device, dtype: torch.dtype | None, seed: int, as_loaded: bool, announce: Callable[[str], None]
+    ) -> Specimen:
         import torch
 
         from lmconform.excitation import excite
         from lmconform.specimen import Specimen, random_ids
 
-        place, number = resolve_device(device), resolve_dtype(dtype)
         given = self.model_or_builder
         if isinstance(given, torch.nn.Module):
             module = _announced_copy(given, announce)
@@ -81,15 +90,15 @@ class Subject:
         if not as_loaded:
             pristine = _pristine(self, module, seed)
         try:
-            module = module.to(device=place, dtype=number) if number else module.to(place)
+            module = home.put(module.to(dtype=dtype) if dtype else module, announce)
         except Exception as error:
             raise BuildError(
-                f"{self.name}: .to({device}) raised {type(error).__name__}: {first_line(error)}"
+                f"{self.name}: .to({home.place}) raised {type(error).__name__}: {first_line(error)}"
             ) from error
         if not as_loaded:
             excite(module, seed)
         module.eval()
-        ids = random_ids(list(range(3, 8)), 2, 5, torch.Generator().manual_seed(0)).to(place)
+        ids = random_ids(list(range(3, 8)), 2, 5, torch.Generator().manual_seed(0)).to(home.place)
         try:
             convention, vocab_size = find_convention(module, ids, self.call)
         except ConventionError as error:
@@ -107,6 +116,7 @@ class Subject:
             pristine=pristine,
             tokenizer=self.tokenizer,
             recipe=self.recipe,
+            home=home,
             announce=announce,
         )
 
@@ -152,19 +162,12 @@ def as_subject(given: Any, *, trust_remote_code: bool = False) -> Subject:
     return Subject(given)
 
 
-def resolve_device(device: str) -> Any:
-    """A torch.device that is there. Raises BuildError that says which are."""
-    import torch
-
+def resolve_device(device: str) -> Device:
+    """The device of that name. Raises BuildError where it is not there."""
     try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise BuildError(f"device {device!r}: {first_line(error)}") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise BuildError(f"device {device!r}: this machine has no CUDA device; use cpu")
-    if place.type == "mps" and not torch.backends.mps.is_available():
-        raise BuildError(f"device {device!r}: this machine has no MPS device; use cpu")
-    return place
+        return Device(device)
+    except DeviceError as error:
+        raise BuildError(str(error)) from error
 
 
 def resolve_dtype(dtype: str | None) -> Any:

@@ -129,6 +129,11 @@ class Call:
 
 def calls(subject: Specimen, ids: Tensor) -> list[Call]:
     """Every submodule's call in one forward, inner ones first."""
+    return recorded(subject, lambda: subject.logits(ids))
+
+
+def recorded(subject: Specimen, run: Callable[[], object]) -> list[Call]:
+    """Every submodule's call while `run` runs the subject, inner ones first."""
     import torch
 
     made: list[Call] = []
@@ -145,7 +150,7 @@ def calls(subject: Specimen, ids: Tensor) -> list[Call]:
 
     named = [(name, part) for name, part in subject.module.named_modules() if name]
     with hooked(*(part.register_forward_hook(watch(name), with_kwargs=True) for name, part in named)):
-        subject.logits(ids)
+        run()
     return made
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lmconform.conventions import first_line
+from lmconform.devices import lies_in_memory
 from lmconform.expected import ExpectedError
 from lmconform.options import OptionError, Options
 from lmconform.registry import UnknownCheck, get_check
-from lmconform.results import Result
+from lmconform.results import Result, jsonable
 from lmconform.runner import PACKAGE
 from lmconform.session import Session
 from lmconform.specimen import available_memory
@@ -83,12 +84,15 @@ class _Worker:
             expectations=[asdict(entry) for entry in session.expectations],
         )
         for line in self._commands:
+            command = json.loads(line)
             try:
-                result = runner.run(get_check(json.loads(line)["run"]))
+                if "diagnose" in command:
+                    causes = session.causes([Result.from_dict(result) for result in command["diagnose"]])
+                    self.emit("causes", causes=[jsonable(asdict(cause)) for cause in causes])
+                else:
+                    self.emit("result", result=runner.run(get_check(command["run"])).to_dict())
             except BaseException as error:
                 self._fail(error)
-            else:
-                self.emit("result", result=result.to_dict())
 
     def _refuse(self, error: BaseException, spec: str) -> None:
         for kind, type_ in (
@@ -121,7 +125,7 @@ def limit_memory(options: Options, spec: str) -> None:
     mapped beside the weights made of them, are of unknown size.
     """
     specs = [spec, *([options.reference] if isinstance(options.reference, str) else [])]
-    if sys.platform != "linux" or options.device != "cpu" or any(_is_hub_id(spec) for spec in specs):
+    if sys.platform != "linux" or not lies_in_memory(options.device) or any(_is_hub_id(spec) for spec in specs):
         return
     import resource
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
 from lmconform.cases import Choice
+from lmconform.checks.unused_parameters import declared_unused
 from lmconform.excitation import excite
 from lmconform.registry import register_check
 
@@ -34,6 +35,7 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     A parameter without a gradient is tried again under other random weights and more tokens (experts that were not
     routed to, dead ReLUs), then moved: a bias that moves no logit (a key bias under softmax) is invariant and
     excused, a matrix that moves none is dead, and whatever moves logits without having a gradient is cut off.
+    Excused with a note: towers of other modalities, and cross-attention where no encoder's states are given.
     """
     quiet = without_dropout(subject)
     module = quiet.module
@@ -208,7 +210,10 @@ def projection(subject: Specimen, ctx: Context, ids: Tensor) -> Tensor:
 
 def projected_gradients(subject: Specimen, ctx: Context, ids: Tensor, train: bool = True) -> dict[str, Tensor | None]:
     """Gradient of the random projection of all logits, by trainable parameter; None where there is none."""
+    import torch
+
     subject.module.zero_grad(set_to_none=True)
+    torch.manual_seed(subject.seed)  # train mode may draw (routers that sample experts): the same each time
     logits = subject.logits(ids, train=train, grad=True)
     if not logits.requires_grad:
         ctx.fail(
@@ -229,6 +234,9 @@ def trained_once(
     subject: Specimen, ctx: Context, ids: Tensor, use_cache: bool | None
 ) -> tuple[Tensor, float, dict[str, Tensor | None]]:
     """Logits, next-token loss and gradients of one training step, computed here from the logits."""
+    import torch
+
+    torch.manual_seed(subject.seed)
     logits = subject.logits(ids, train=True, grad=True, use_cache=use_cache)
     scores, wanted = logits[:, :-1].double(), ids[:, 1:, None]
     loss = (scores.logsumexp(-1) - scores.gather(-1, wanted)[..., 0]).mean()
@@ -292,20 +300,20 @@ def judge_suspects(
     grads: dict[str, Tensor | None],
     ids: Tensor,
 ) -> None:
-    """Violation for each parameter that is neither invariant nor of another modality."""
+    """Violation for each parameter that is neither invariant nor unused for a declared reason."""
     import torch
 
-    text = parameters_fed_by_text(subject)
     base = quiet.logits(ids)
     bound = tolerance.allowed(subject.noise, base)
     moved = quiet.copy()
     parameters = dict(moved.module.named_parameters())
-    excused: dict[str, list[str]] = {"invariant": [], "other modality": []}
+    excused = declared_unused(quiet, [name for name in suspects if grads[name] is None], ids, base, bound)
+    excused["invariant"] = []
+    unused = {name for names in excused.values() for name in names}
     findings: list[tuple[int, int, str, str, str]] = []
     for index, (name, rows) in enumerate(suspects.items()):
         parameter = parameters[name]
-        if text is not None and name not in text and grads[name] is None:
-            excused["other modality"].append(name)
+        if name in unused:
             continue
         original = parameter.detach().clone()
         drawn = torch.randn(parameter.shape, generator=ctx.generator(17, index)).to(parameter)
@@ -350,16 +358,6 @@ def judge_suspects(
     for reason, names in excused.items():
         if names:
             ctx.note(f"without a gradient, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
-
-
-def parameters_fed_by_text(subject: Specimen) -> set[str] | None:
-    """Names of the language model's parameters in a model of several modalities; None for a plain language model."""
-    whole, text = getattr(subject.module, "config", None), subject.config
-    if whole is None or text is None or whole is text:
-        return None
-    modules = dict(subject.module.named_modules())
-    parts = [name for name, part in modules.items() if getattr(part, "config", None) is text]
-    return {name for name, _ in subject.module.named_parameters() if any(name.startswith(f"{part}.") for part in parts)}
 
 
 def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[str, Tensor | None]) -> None:

@@ -33,9 +33,9 @@ def real_places(lengths: list[int], time: int, side: str, like: Tensor) -> Tenso
     return (steps >= time - sizes if side == "left" else steps < sizes).to(torch.int64)
 
 
-def positions_from(mask: Tensor) -> Tensor:
-    """position_ids that do not count padding: what `generate` passes."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def positions_from(subject: Specimen, mask: Tensor) -> Tensor:
+    """position_ids that do not count padding, from the model's own first one (0; behind its padding row in RoBERTa)."""
+    return subject.first_position + (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def pad_id(subject: Specimen) -> int | None:
@@ -80,7 +80,7 @@ def check_padded(subject: Specimen, ctx: Context, side: str, *, give_positions: 
         mask = real_places(lengths_of(time, min(case.pads, time - 1)), time, side, ids)
         inputs: dict[str, Any] = {"mask": mask}
         if positioned:
-            inputs["positions"] = positions_from(mask)
+            inputs["positions"] = positions_from(subject, mask)
         given = padded(subject, ids, mask, case.get("fill", "pad"))
         together = subject.logits(given, **inputs)
         expected = alone(subject, ids, mask)
@@ -236,7 +236,7 @@ def check_finite(subject: Specimen, ctx: Context) -> None:
         mask = real_places(lengths_of(time, time - 1), time, case.side, ids)
         inputs: dict[str, Any] = {"mask": mask}
         if subject.convention.positions is not None:
-            inputs["positions"] = positions_from(mask)
+            inputs["positions"] = positions_from(subject, mask)
         logits = subject.logits(padded(subject, ids, mask, "pad"), grad=True, **inputs)
         bad = ~logits.isfinite()
         hint = (
@@ -320,7 +320,7 @@ def decode(subject: Specimen, ctx: Context, ids: Tensor, mask: Tensor | None, pr
     """Logits [rows, time, vocab] of `prefill` columns at once and then of single tokens on the cache."""
     import torch
 
-    positions = None if mask is None or subject.convention.positions is None else positions_from(mask)
+    positions = None if mask is None or subject.convention.positions is None else positions_from(subject, mask)
     parts, cache, start = [], None, 0
     for end in [*([prefill] if prefill else []), *range(prefill + 1, ids.shape[1] + 1)]:
         output = subject.forward(

@@ -7,9 +7,12 @@ stray tensor named.
 
 from __future__ import annotations
 
-from lmconform.simulated.accelerator import SimulatedAccelerator, simulated_accelerator
+from lmconform.simulated.accelerator import SimulatedAccelerator, active_accelerator, simulated_accelerator
 from lmconform.simulated.splitting import split_layers
 from lmconform.simulated.stray import PlacementError, Stray
 from lmconform.simulated.tracking import Origin
 
-__all__ = ["Origin", "PlacementError", "SimulatedAccelerator", "Stray", "simulated_accelerator", "split_layers"]
+__all__ = [
+    "Origin", "PlacementError", "SimulatedAccelerator", "Stray", "active_accelerator", "simulated_accelerator",
+    "split_layers",
+]  # fmt: skip

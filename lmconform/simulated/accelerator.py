@@ -61,6 +61,23 @@ class SimulatedAccelerator:
         return self.unmarked_place or CPU
 
     @contextmanager
+    def active(self) -> Iterator[SimulatedAccelerator]:
+        """Within, this accelerator is there. Its tensors keep their places from one such block to the next."""
+        if self in _active:
+            yield self
+            return
+        if _active:
+            raise RuntimeError(f"an accelerator of {len(_active[-1].devices)} devices is simulated already")
+        with ExitStack() as stack:
+            stack.enter_context(pretended_runtime(self))
+            _active.append(self)
+            stack.callback(_active.remove, self)
+            self.mode.retired = False
+            stack.callback(setattr, self.mode, "retired", True)
+            stack.enter_context(self.mode)
+            yield self
+
+    @contextmanager
     def unmarked_at(self, place: torch.device) -> Iterator[None]:
         """While the engine runs: its tensors carry no marks, and are taken to lie where they are used.
 
@@ -85,13 +102,10 @@ def simulated_accelerator(devices: int = 1) -> Iterator[SimulatedAccelerator]:
     if _active and len(_active[-1].devices) >= devices:
         yield _active[-1]
         return
-    if _active:
-        raise RuntimeError(f"an accelerator of {len(_active[-1].devices)} devices is simulated already")
-    accelerator = SimulatedAccelerator(devices)
-    with ExitStack() as stack:
-        stack.enter_context(pretended_runtime(accelerator))
-        _active.append(accelerator)
-        stack.callback(_active.remove, accelerator)
-        stack.callback(setattr, accelerator.mode, "retired", True)
-        stack.enter_context(accelerator.mode)
+    with SimulatedAccelerator(devices).active() as accelerator:
         yield accelerator
+
+
+def active_accelerator() -> SimulatedAccelerator | None:
+    """The accelerator that is simulated now."""
+    return _active[-1] if _active else None

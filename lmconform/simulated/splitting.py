@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lmconform.simulated.tracking import tensors_in
+
 
 def split_layers(module: nn.Module, devices: tuple[torch.device, ...]) -> nn.Module:
     """Move `module` in place: everything to the first device, its layers in equal runs over all of them.
 
-    Hooks bring each layer's inputs to the layer and its outputs back to the first device, so that no line of the model
-    has to know. With one device this is `module.to(device)`.
+    A layer's forward() takes its inputs to where its weights are and brings its outputs back to where they came from,
+    so that no line of the model, and no hook on a layer, has to know. With one device this is `module.to(device)`.
     """
     module.to(devices[0])
     layers = layer_list(module)
     if layers is None or len(devices) == 1:
         return module
     for number, layer in enumerate(layers):
-        place = devices[number * len(devices) // len(layers)]
-        layer.to(place)
-        layer.register_forward_pre_hook(_bring_to(place), with_kwargs=True, prepend=True)
-        layer.register_forward_hook(_bring_back(devices[0]))
+        layer.to(devices[number * len(devices) // len(layers)])
+        layer.__class__ = _elsewhere(type(layer))
     return module
+
+
+@functools.cache
+def _elsewhere(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` with a forward() that runs where the weights are; a class, so that copies of a layer stay apart."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = next((parameter.device for parameter in self.parameters()), None)
+        came_from = next((tensor.device for tensor in tensors_in([args, kwargs]) if tensor.is_floating_point()), None)
+        if own is None or came_from is None or own == came_from:
+            return kind.forward(self, *args, **kwargs)
+        return _moved(kind.forward(self, *_moved(args, own), **_moved(kwargs, own)), came_from)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _restore, (kind,), self.__dict__
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), {"forward": forward, "__reduce_ex__": reduce, **names})
+
+
+def _restore(kind: type[nn.Module]) -> nn.Module:
+    made = _elsewhere(kind)
+    return made.__new__(made)
 
 
 def layer_list(module: nn.Module) -> nn.ModuleList | None:
@@ -35,20 +60,6 @@ def layer_list(module: nn.Module) -> nn.ModuleList | None:
         if isinstance(child, nn.ModuleList) and not inside and len(child) > (len(best) if best is not None else 1):
             best, best_path = child, path
     return best
-
-
-def _bring_to(place: torch.device) -> Any:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return _moved(args, place), _moved(kwargs, place)
-
-    return hook
-
-
-def _bring_back(place: torch.device) -> Any:
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        return _moved(output, place)
-
-    return hook
 
 
 def _moved(value: Any, place: torch.device) -> Any:

@@ -69,6 +69,11 @@ class PlacementError(RuntimeError):
         self.stray = stray
         self.origin = origin
 
+    @property
+    def sentence(self) -> str:
+        """What PyTorch does not say."""
+        return str(self).partition("\n")[2]
+
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: getattr(self, name) for name in ("operation", "devices", "stray", "origin")}
         return (type(self), self.args, state)

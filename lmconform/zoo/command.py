@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deselect", action="append", metavar="ID", help="not these checks: ids, families or globs (repeatable)"
     )
-    parser.add_argument("--device", help="where the models run: cpu, cuda, mps (default: cpu)")
+    parser.add_argument(
+        "--device", help="where the models run: cpu, cuda, cuda:1, mps, or pretended: sim, sim:2 (default: cpu)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of weights and tokens (default: 0)")
     parser.add_argument(
         "--no-known", dest="known", action="store_false", default=None, help="show known deviations of transformers red"

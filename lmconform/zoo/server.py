@@ -117,11 +117,11 @@ def _unusable(request: Request) -> str:
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        from lmconform.subject import BuildError, resolve_device
+        from lmconform.devices import Device, DeviceError
 
         try:
-            resolve_device(request.options.get("device", "cpu"))
-        except BuildError as error:
+            Device(request.options.get("device", "cpu"))
+        except DeviceError as error:
             os.write(write, str(error).encode())
         finally:
             os._exit(0)
@@ -316,7 +316,7 @@ def _die_with_parent() -> None:
 
 def _caps_memory(device: str) -> bool:
     """Whether the kernel can hold the child to its memory. A CUDA context maps far more addresses than it uses."""
-    return sys.platform == "linux" and not device.startswith("cuda")
+    return sys.platform == "linux" and not device.startswith("cuda")  # a simulated one lies in ordinary memory
 
 
 def _cap_memory(more: int) -> None:

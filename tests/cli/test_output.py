@@ -22,6 +22,7 @@ KEYS = [
 ]  # fmt: skip
 RESULT_KEYS = [
     "id", "family", "severity", "status", "measured", "allowed", "margin", "message", "where", "repro", "seconds",
+    "suspects",
 ]  # fmt: skip
 
 

@@ -1,0 +1,477 @@
+"""tokenizer: text and ids go both ways as stated, and the ids are ones that the model has."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from lmconform import structure
+from lmconform.conventions import first_line
+from lmconform.encoding import Encoder, EncodingError, as_ids
+from lmconform.registry import register_check
+
+if TYPE_CHECKING:
+    from lmconform.context import Context
+    from lmconform.specimen import Specimen
+
+FRESH = (  # each is used by one part of one check only, so that a cache is cold where it should be
+    "the little cat sat down.",
+    "a big dog ran to the house",
+    "she said yes, and they all went home!",
+    "one day the old man saw a red bird",
+    "what is it? it is a tree.",
+)
+TEXTS = (
+    "the cat sat on the mat.",
+    "Once upon a time, there was a King; he had 3 sons!",
+    "it's 12:30, isn't it? (yes) - well-known \"words\"",
+    "two  spaces, a\ttab\nand a new line\n",
+    "naïve café Ünïcödé 東京 привет 🙂",
+    "x",
+    "word " * 40,
+)
+
+
+@register_check(
+    "tokenizer.flags",
+    holds="add_special_tokens and skip_special_tokens are honoured, also on the second call and whatever came before",
+    needs=("tok",),
+    requires=(),
+    profile="smoke",
+)
+def check_flags(subject: Specimen, ctx: Context) -> None:
+    """The same text with the flag one way and the other, in both orders, each order with texts it has not seen.
+
+    A cache of encodings keyed by the text alone answers the second call with the first one's ids. Source: the reports
+    of a model that stopped at once because its prompt was encoded with the end token in spite of the flag.
+    """
+    encoder = _encoder(subject, ctx)
+    specials = set(encoder.specials().values()) - {encoder.special("unk")}
+    plain = _asked(ctx, encoder, FRESH[0], False) if encoder.takes_add else _asked(ctx, encoder, FRESH[0], None)
+    found = sorted(specials & set(plain))
+    if found and not encoder.takes_add:
+        ctx.fail(
+            f"encode() always puts special tokens in ({_named(encoder, found)}) and takes no add_special_tokens",
+            where=f"encode({FRESH[0]!r}) = {plain}",
+            hint="a prompt must not end in the end token: add the flag, and leave the special tokens off where it is "
+            "False",
+        )
+    if found:
+        ctx.fail(
+            f"special tokens are added although add_special_tokens=False ({_named(encoder, found)})",
+            where=f"encode({FRESH[0]!r}, add_special_tokens=False) = {plain}",
+            hint="the flag is taken and not looked at (or swallowed by **kwargs): build the special tokens only where "
+            "it is True",
+        )
+    if encoder.takes_add:
+        _check_order(ctx, encoder, specials)
+    else:
+        ctx.note(f"{encoder.name}.encode() takes no add_special_tokens, and adds none")
+    _check_same_twice(ctx, encoder)
+    if encoder.can_decode:
+        _check_skip(ctx, encoder)
+
+
+def _check_order(ctx: Context, encoder: Encoder, specials: set[int]) -> None:
+    hint = (
+        "a cache (lru_cache, a dict) is keyed by the text alone: put every argument that changes the result into the key"
+    )
+    _asked(ctx, encoder, FRESH[1], True)
+    after = _asked(ctx, encoder, FRESH[1], False)
+    if stale := sorted(specials & set(after)):
+        ctx.fail(
+            "add_special_tokens=False is ignored on the second call: the first call's special tokens come back "
+            f"({_named(encoder, stale)})",
+            where=f"{FRESH[1]!r} with True, then with False = {after}",
+            hint=hint,
+        )
+    _asked(ctx, encoder, FRESH[2], False)
+    late = _asked(ctx, encoder, FRESH[2], True)
+    first = _asked(ctx, encoder, FRESH[3], True)
+    shape = [token for token in first if token in specials], [token for token in late if token in specials]
+    if shape[0] != shape[1]:
+        ctx.fail(
+            "add_special_tokens=True is ignored on the second call: a text that was first encoded without special "
+            "tokens stays without them",
+            where=f"special tokens {shape[0]} on a first call, {shape[1]} after a call with False",
+            hint=hint,
+        )
+
+
+def _check_same_twice(ctx: Context, encoder: Encoder) -> None:
+    given = encoder.raw(FRESH[4])
+    first = as_ids(given)
+    if isinstance(given, list) and given and isinstance(given[0], int):
+        given.append(given[0])  # as a caller does who adds the end token in place
+    second = encoder.encode(FRESH[4])
+    if first != second:
+        grown = len(second) == len(first) + 1
+        ctx.fail(
+            "a caller that changes the ids it was given changes the next answer for the same text"
+            if grown
+            else "the same text encoded twice gives different ids",
+            where=f"first {first}, then {second}",
+            hint="the cache hands out its own list: return a copy (list(ids))"
+            if grown
+            else "something is carried from call to call: padding or truncation left switched on, a growing vocabulary",
+        )
+
+
+def _check_skip(ctx: Context, encoder: Encoder) -> None:
+    ids = _asked(ctx, encoder, FRESH[0], False if encoder.takes_add else None)
+    ends = [token for role in ("bos", "eos", "pad") if (token := encoder.special(role)) is not None]
+    if not ends:
+        ctx.note("it has no special tokens to skip")
+        return
+    dressed = [*ends[:1], *ids, *ends[1:]]
+    if not encoder.takes_skip:
+        ctx.note(f"{encoder.name}.decode() takes no skip_special_tokens")
+        return
+    kept, bare = encoder.decode(dressed, False), encoder.decode(ids, False)
+    for turn in ("on the first call", "on the second call", "after a call with False"):
+        if turn == "after a call with False":
+            encoder.decode(dressed, False)
+        skipped = encoder.decode(dressed, True)
+        if skipped.split() != encoder.decode(ids, True).split():
+            ctx.fail(
+                f"skip_special_tokens=True leaves special tokens in the text {turn}",
+                where=f"decode({dressed}, skip_special_tokens=True) = {skipped!r}",
+                hint="the flag is not looked at, or the special tokens are not registered as special"
+                if turn == "on the first call"
+                else "a cache is keyed without the flag",
+            )
+    if kept.split() == bare.split() or encoder.decode(dressed, False) != kept:
+        ctx.fail(
+            "skip_special_tokens=False drops the special tokens all the same"
+            if kept.split() == bare.split()
+            else "skip_special_tokens=False gives another text after a call with True",
+            where=f"decode({dressed}, skip_special_tokens=False) = {kept!r}",
+            hint="the flag is not looked at: without the special tokens in the text nobody sees that the model ends "
+            "at once"
+            if kept.split() == bare.split()
+            else "a cache is keyed without the flag",
+        )
+
+
+@register_check(
+    "tokenizer.round_trip",
+    holds="decode(encode(x)) is x, or x as the tokenizer's own normaliser states it, where no token is unknown",
+    needs=("tok",),
+    requires=(),
+    profile="smoke",
+)
+def check_round_trip(subject: Specimen, ctx: Context) -> None:
+    """Words, punctuation, capitals, spaces, several scripts. What a tokenizer states that it loses is noted.
+
+    A byte-level tokenizer promises every text back exactly. Others may lose white space and, if they lower-case, the
+    case; a letter that is no unknown token is lost by none.
+    """
+    encoder = _encoder(subject, ctx)
+    if not encoder.can_decode:
+        ctx.not_applicable(f"{encoder.name} has no decode()")
+    unknown, exact = encoder.special("unk"), _byte_level(subject.tokenizer)
+    without = False if encoder.takes_add else None
+    seen, texts = 0, (*TEXTS, _of_its_own_words(encoder))
+    for text in texts:
+        ids = _asked(ctx, encoder, text, without)
+        if unknown is not None and unknown in ids and not exact:
+            kept = " ".join(word for word in text.split() if unknown not in encoder.encode(word, without))
+            if not kept:
+                continue
+            text, ids = kept, _asked(ctx, encoder, kept, without)
+            if unknown in ids:
+                continue
+        seen += 1
+        _check_text(ctx, encoder, text, ids, exact, without)
+    if not seen:
+        ctx.not_applicable("every text tried holds unknown tokens")
+    if seen < len(texts):
+        ctx.note(f"{len(texts) - seen} of {len(texts)} texts are unknown tokens only")
+    _check_batch(subject, ctx, encoder)
+
+
+def _of_its_own_words(encoder: Encoder) -> str:
+    """A text of words of the vocabulary, for one so small that it knows no other."""
+    words = sorted(word for word in encoder.vocabulary() if word.isascii() and word.isalnum())
+    ids = [encoder.vocabulary()[word] for word in words[:: max(1, len(words) // 40)]]
+    return encoder.decode(ids) if ids else TEXTS[0]
+
+
+def _check_text(
+    ctx: Context, encoder: Encoder, text: str, ids: list[int], exact: bool, without: bool | None
+) -> None:
+    back = encoder.decode(ids, True if encoder.takes_skip else None)
+    where = f"{_cut(text)} comes back as {_cut(back)}"
+    if back == text:
+        return
+    stated = _normalised(encoder.tokenizer, text)
+    if back == stated:
+        ctx.note("its normaliser changes the text (as stated)")
+        return
+    if _packed(back) == _packed(stated):
+        cleans = getattr(encoder.tokenizer, "clean_up_tokenization_spaces", False)
+        if exact and not cleans and back.lstrip(" ") != stated.lstrip(" "):
+            ctx.fail(
+                "a byte-level tokenizer does not give the white space back",
+                where=where,
+                hint="its decoder is not ByteLevel, or something strips or joins the pieces with spaces",
+            )
+        ctx.note("white space does not survive" + (": clean_up_tokenization_spaces is on" if cleans else ""))
+    elif _packed(back).casefold() == _packed(stated).casefold() and encoder.encode(text.lower(), without) == ids:
+        ctx.note("it lower-cases")
+    else:
+        ctx.fail(
+            f"decode(encode(x)) is not x: {_first_difference(_packed(stated), _packed(back))}",
+            where=where,
+            hint="no token is unknown, so nothing may be lost: look for a table from id to token that is off by one or "
+            "built from another vocabulary, a truncation, and pieces joined with the wrong separator",
+        )
+    again = _asked(ctx, encoder, back, without)
+    if again != ids:
+        ctx.fail(
+            "encode(decode(ids)) gives other ids, though no token is unknown",
+            where=f"{where}; {_first_ids(ids, again)}",
+            hint="decode joins the pieces so that encode takes them apart differently",
+        )
+
+
+def _check_batch(subject: Specimen, ctx: Context, encoder: Encoder) -> None:
+    """One at a time and as a batch; through the wrapper, the library underneath, and a slow class where there is one."""
+    tokenizer = subject.tokenizer
+    texts = list(TEXTS[:3])
+    alone = [encoder.encode(text) for text in texts]
+    if callable(tokenizer) and hasattr(tokenizer, "batch_decode"):
+        together = tokenizer(texts)["input_ids"]
+        if together != alone:
+            ctx.fail("a batch of texts is encoded differently from each text alone", where=f"{together} and {alone}")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        under = [backend.encode(text).ids for text in texts]
+        if under != alone:
+            ctx.fail(
+                "the fast tokenizer and the `tokenizers` object inside it give different ids",
+                where=f"{alone} and {under}",
+                hint="the wrapper overrides encode(), or the settings of the two went apart",
+            )
+    slow = getattr(tokenizer, "slow_tokenizer_class", None)
+    if slow is None or not getattr(tokenizer, "is_fast", False):
+        return
+    with tempfile.TemporaryDirectory(prefix="lmconform-") as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+            made = slow.from_pretrained(folder)
+        except Exception as error:
+            ctx.note(f"its slow sibling {slow.__name__} cannot be made from it: {first_line(error)}")
+            return
+    for text in TEXTS:
+        fast, other = encoder.encode(text), list(made.encode(text))
+        if fast != other:
+            ctx.fail(
+                f"fast and slow tokenizer differ: {_first_ids(fast, other)}",
+                where=f"{_cut(text)}, {type(tokenizer).__name__} and {slow.__name__}",
+                hint="the conversion lost a normaliser, a pre-tokenizer or an added token",
+            )
+
+
+@register_check(
+    "tokenizer.specials",
+    holds="one BOS, special tokens are known by their ids, and the model's end token is the tokenizer's",
+    needs=("tok",),
+    requires=(),
+    profile="smoke",
+)
+def check_specials(subject: Specimen, ctx: Context) -> None:
+    """Twice the same start token shifts every position of a model that was trained with one.
+
+    Source: llama.cpp and vLLM both warn of a doubled BOS; a config whose eos_token_id is not the tokenizer's never
+    stops.
+    """
+    encoder = _encoder(subject, ctx)
+    specials = encoder.specials()
+    bos, eos = specials.get("bos"), specials.get("eos")
+    for text in (FRESH[0], TEXTS[1], ""):
+        ids = _asked(ctx, encoder, text, None)
+        if bos is not None and bos != eos and ids.count(bos) > 1:
+            ctx.fail(
+                f"a text is encoded with {ids.count(bos)} start tokens (BOS, {bos}), expected one at most",
+                where=f"encode({_cut(text)}) = {_cut(ids)}",
+                hint="the post-processor adds BOS and so does the code around it (add_bos_token, a template, "
+                "encode() itself): leave one",
+            )
+        if eos is not None and eos != bos and ids.count(eos) > 1:
+            ctx.fail(
+                f"a text is encoded with {ids.count(eos)} end tokens (EOS, {eos}), expected one at most",
+                where=f"encode({_cut(text)}) = {_cut(ids)}",
+                hint="the post-processor adds EOS and so does the code around it: leave one",
+            )
+    _check_template(ctx, encoder, bos)
+    vocabulary = encoder.vocabulary()
+    for role, token in specials.items():
+        spelt = getattr(subject.tokenizer, f"{role}_token", None)
+        if isinstance(spelt, str) and spelt in vocabulary and vocabulary[spelt] != token:
+            ctx.fail(
+                f"{role}_token_id is {token}, but {spelt!r} has id {vocabulary[spelt]}",
+                where=role,
+                hint="the vocabulary was rebuilt or sorted anew after the special ids had been fixed",
+            )
+    if (unk := specials.get("unk")) is not None and unk in (specials.get("pad"), None) and unk not in (bos, eos):
+        ctx.note(f"unknown words and padding share token {unk}: masking the padding masks unknown words too")
+    _check_stated(subject, ctx, encoder, specials)
+
+
+def _check_template(ctx: Context, encoder: Encoder, bos: int | None) -> None:
+    """A chat template that writes BOS, encoded with the default flags, gives two: documented, so only noted."""
+    if bos is None or not getattr(encoder.tokenizer, "chat_template", None):
+        return
+    try:
+        text = encoder.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    except Exception as error:
+        ctx.note(f"its chat template raises {type(error).__name__}: {first_line(error)}")
+        return
+    if encoder.encode(text).count(bos) > 1:
+        ctx.note("its chat template writes BOS itself: encode the rendered text with add_special_tokens=False")
+
+
+def _check_stated(subject: Specimen, ctx: Context, encoder: Encoder, specials: dict[str, int]) -> None:
+    config, generation = subject.config, getattr(subject.module, "generation_config", None)
+    for role in ("eos", "bos", "pad"):
+        stated: set[int] = set()
+        for holder in (config, generation):
+            value = getattr(holder, f"{role}_token_id", None)
+            stated |= {value} if isinstance(value, int) else set(value or ())
+        own = specials.get(role)
+        if not stated or own is None or own in stated:
+            continue
+        text = f"the model's config says {role}_token_id {sorted(stated)}, the tokenizer's is {own}"
+        if role == "eos":
+            ctx.fail(
+                text,
+                where=f"eos, {encoder.name}",
+                hint="generate() waits for a token that the model was never taught to end with: set "
+                "model.config.eos_token_id and model.generation_config.eos_token_id from the tokenizer",
+            )
+        ctx.note(text)
+
+
+@register_check(
+    "tokenizer.padding",
+    holds="padding has a token of its own: pad is not eos",
+    needs=("tok",),
+    requires=(),
+    profile="smoke",
+    severity="warning",
+)
+def check_padding(subject: Specimen, ctx: Context) -> None:
+    """Many released tokenizers have no pad token and tutorials set pad_token = eos_token.
+
+    That is harmless as long as nobody derives labels or a mask from the pad id; collapse.labels looks at the labels
+    themselves and fails where the end token is masked away.
+    """
+    encoder = _encoder(subject, ctx)
+    pad, eos = encoder.special("pad"), encoder.special("eos")
+    if pad is None:
+        ctx.not_applicable("it has no pad token")
+    if pad == eos:
+        ctx.fail(
+            f"padding and the end of text are one token ({pad})",
+            where="pad_token_id == eos_token_id",
+            hint="a collator that sets labels equal to pad to -100 (DataCollatorForLanguageModeling does) masks every "
+            "end away, and the model never learns to stop; give padding a token of its own, or mask by attention_mask",
+        )
+
+
+@register_check(
+    "tokenizer.bounds",
+    holds="every id that the tokenizer can give is below the model's vocabulary size",
+    needs=("tok",),
+    requires=(),
+    profile="smoke",
+)
+def check_bounds(subject: Specimen, ctx: Context) -> None:
+    """The whole vocabulary, the added tokens, and what encode() gives for texts of several scripts."""
+    encoder = _encoder(subject, ctx)
+    given: dict[int, str] = {token: f"{name!r}" for name, token in encoder.vocabulary().items()}
+    for role, token in encoder.specials().items():
+        given.setdefault(token, role)
+    for text in TEXTS:
+        for token in _asked(ctx, encoder, text, None):
+            given.setdefault(token, f"in {_cut(text)}")
+    beyond = sorted(token for token in given if not 0 <= token < subject.vocab_size)
+    if beyond:
+        worst = beyond[-1] if beyond[-1] >= 0 else beyond[0]
+        shown = ", ".join(f"{token} ({given[token]})" for token in [*beyond[:2], worst][: len(beyond)])
+        ctx.fail(
+            f"the tokenizer gives {len(beyond)} ids that the model has no embedding for: {shown}; the model has "
+            f"{subject.vocab_size}",
+            where=f"id {worst}",
+            measured=worst if worst >= 0 else None,
+            allowed=subject.vocab_size - 1 if worst >= 0 else None,
+            hint="tokens were added after the model was made: model.resize_token_embeddings(len(tokenizer)); or the "
+            "model was built with another tokenizer's vocab_size (vocab_size leaves added tokens out: use "
+            "len(tokenizer))",
+        )
+    rows = structure.stated(subject.module, ("vocab_size",)) or subject.vocab_size
+    if given and rows > 2 * (max(given) + 1) and rows > max(given) + 1024:
+        ctx.note(f"the model has {rows} tokens and the tokenizer uses {max(given) + 1} of them")
+    if given:
+        ctx.within(max(given), subject.vocab_size - 1, "the largest id", where="id")
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _encoder(subject: Specimen, ctx: Context) -> Encoder:
+    encoder = Encoder(subject.tokenizer)
+    if not encoder.can_encode:
+        ctx.not_applicable(f"{encoder.name} has no encode()")
+    return encoder
+
+
+def _asked(ctx: Context, encoder: Encoder, text: str, add: bool | None) -> list[int]:
+    try:
+        return encoder.encode(text, add)
+    except EncodingError as error:
+        ctx.fail(str(error), hint="every text must be encodable: unknown characters become the unknown token or bytes")
+        raise AssertionError("unreachable") from error
+
+
+def _byte_level(tokenizer: Any) -> bool:
+    """Whether the tokenizer states that it works on bytes, so that no text is lost."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    return type(getattr(backend, "decoder", None)).__name__ == "ByteLevel"
+
+
+def _normalised(tokenizer: Any, text: str) -> str:
+    """The text as the tokenizer's own normaliser states it."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    normalizer = getattr(backend, "normalizer", None)
+    return str(normalizer.normalize_str(text)) if hasattr(normalizer, "normalize_str") else text
+
+
+def _packed(text: str) -> str:
+    return "".join(text.replace("▁", " ").split())
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _named(encoder: Encoder, tokens: list[int]) -> str:
+    roles = {token: role.upper() for role, token in reversed(encoder.specials().items())}
+    return ", ".join(f"{roles.get(token, 'special')} {token}" for token in tokens)
+
+
+def _first_difference(expected: str, actual: str) -> str:
+    for place, (want, got) in enumerate(zip(expected, actual)):
+        if want != got:
+            return f"character {place} is {got!r}, expected {want!r}"
+    missing = len(expected) - len(actual)
+    return f"{missing} characters are missing at the end" if missing > 0 else f"{-missing} characters too many"
+
+
+def _first_ids(first: list[int], second: list[int]) -> str:
+    for place, (one, other) in enumerate(zip(first, second)):
+        if one != other:
+            return f"token {place} is {one} and {other}"
+    return f"{len(first)} and {len(second)} tokens"

@@ -1,0 +1,486 @@
+"""training.schedule, training.optimizer, training.weight_decay: audits of a recipe that train nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lmconform import tolerance
+from lmconform.conventions import first_line
+from lmconform.recipe import WORDS
+from lmconform.registry import register_check
+from lmconform.schedules import ClosedForm
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lmconform.context import Context
+    from lmconform.recipe import Recipe
+    from lmconform.specimen import Specimen
+
+LONGEST = 10_000  # optimizer steps that are stepped through; thorough: all of them
+ALL = 1_000_000
+STARVED = 1e-2  # a schedule that never reaches this share of the optimizer's rate in the whole run
+GAIN = 10.0  # and would reach so many times more if it were stepped by optimizer step
+
+
+@register_check(
+    "training.schedule",
+    holds="the effective rate per optimizer step equals the closed form; warm-up, decay and accumulation counted in "
+    "optimizer steps",
+    needs=("recipe",),
+    requires=(),
+)
+def check_schedule(subject: Specimen, ctx: Context) -> None:
+    """The scheduler is stepped as the recipe's interval says, and the rate that the optimizer holds is read each step.
+
+    Without a stated closed form: the rate must follow the scheduler, and a schedule built from a number of optimizer
+    steps must not be stepped by epoch. The report "learning rate 3e-4 is too small" was this: a Noam factor times 3e-4,
+    stepped once per epoch.
+    """
+    recipe = subject.recipe
+    recipe.need("make_scheduler")
+    _check_lengths(ctx, recipe)
+    total = recipe.steps()
+    if total is None:
+        ctx.not_applicable(f"the recipe gives no {WORDS['total_steps']}")
+    assert total is not None
+    if recipe.interval == "epoch" and recipe.steps_each_epoch() is None:
+        ctx.not_applicable(f"the recipe gives no {WORDS['steps_per_epoch']}")
+    steps = min(total, ALL if ctx.profile == "thorough" else LONGEST)
+    if steps < total:
+        ctx.note(f"the first {steps} of {total} optimizer steps were looked at")
+    run = Run(subject, ctx, recipe, total)
+    rates = run.rates(steps, recipe.interval)
+    _check_applied(ctx, run, rates)
+    form = recipe.closed_form()
+    base = run.base[run.largest]
+    curve = [row[run.largest] for row in rates]
+    if form is None:
+        _check_without_form(ctx, recipe, run, curve, steps)
+        return
+    for group, own in enumerate(run.base):
+        _compare(ctx, recipe, [row[group] for row in rates], own, form, group, len(run.base))
+    ctx.note(f"rate from {min(curve):.3g} to {max(curve):.3g} over {steps} optimizer steps, {base:.3g} times the form")
+
+
+class Run:
+    """An optimizer and its scheduler, stepped as a training loop would, without a gradient."""
+
+    def __init__(self, subject: Specimen, ctx: Context, recipe: Recipe, total: int) -> None:
+        self.subject, self.ctx, self.recipe, self.total = subject, ctx, recipe, total
+        self.per_epoch = recipe.steps_each_epoch() or total
+        self.make(total)
+        self.largest = max(range(len(self.base)), key=lambda group: self.base[group])
+        stated = recipe.learning_rate
+        if stated is not None and not any(math.isclose(stated, own, rel_tol=self.unit) for own in self.base):
+            ctx.fail(
+                f"the recipe states a learning rate of {stated:g}, and the optimizer was built with "
+                f"{', '.join(f'{own:g}' for own in dict.fromkeys(self.base))}",
+                where="param_groups[0]['lr']",
+                hint="the rate is not passed on to the optimizer, which then takes its class's default; or the "
+                "scheduler's constructor overwrites it",
+            )
+
+    def make(self, total: int) -> None:
+        recipe, ctx = self.recipe, self.ctx
+        if recipe.make_optimizer is not None:
+            self.optimizer = made_optimizers(ctx, recipe, self.subject.copy().module)[0]
+        else:
+            import torch
+
+            self.optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate or 1.0)
+        groups = self.optimizer.param_groups
+        before = [rate_of(ctx, group) for group in groups]
+        assert recipe.make_scheduler is not None
+        try:
+            self.scheduler = recipe.make_scheduler(self.optimizer, total)
+        except Exception as error:
+            ctx.fail(f"make_scheduler(optimizer, {total}) raised {type(error).__name__}: {first_line(error)}")
+        if not callable(getattr(self.scheduler, "step", None)):
+            ctx.not_applicable(f"make_scheduler gave {type(self.scheduler).__name__}, which has no step()")
+        if "metrics" in _parameters(self.scheduler.step):
+            ctx.not_applicable(f"{type(self.scheduler).__name__} follows the measured loss, not the step")
+        self.base = [float(group.get("initial_lr", rate)) for group, rate in zip(groups, before)]
+        kinds = [group["lr"].dtype for group in groups if hasattr(group["lr"], "dtype")]
+        self.unit = tolerance.FACTOR * max([tolerance.epsilon(kind) for kind in kinds], default=2.0**-52)
+
+    def rates(self, steps: int, interval: str) -> list[list[float]]:
+        """The rate of each group [step][group], before each optimizer step."""
+        made = []
+        for step in range(steps):
+            made.append([rate_of(self.ctx, group) for group in self.optimizer.param_groups])
+            if interval == "epoch":
+                due = int((step + 1) % self.per_epoch == 0)
+            else:
+                due = self.recipe.accumulation if interval == "batch" else 1
+            for _ in range(due):
+                self.scheduler.step()
+        return made
+
+    def again(self, total: int, steps: int, interval: str) -> list[float]:
+        """The largest group's rates of a run that is built anew, with another length or interval."""
+        self.make(total)
+        return [row[self.largest] for row in self.rates(steps, interval)]
+
+
+def rate_of(ctx: Context, group: dict[str, Any]) -> float:
+    if group.get("lr") is None:
+        ctx.not_applicable("the optimizer chooses its own rate (lr=None)")
+    return float(group["lr"])
+
+
+def _parameters(function: Any) -> Any:
+    import inspect
+
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return ()
+
+
+def _check_lengths(ctx: Context, recipe: Recipe) -> None:
+    """total_steps counts optimizer steps: with accumulation there are fewer of them than batches."""
+    count, total = recipe.batch_count(), recipe.total_steps
+    if recipe.accumulation == 1 or count is None or total is None or not recipe.epochs:
+        return
+    micro = math.ceil(count * recipe.epochs)
+    real = math.ceil(math.ceil(count / recipe.accumulation) * recipe.epochs)
+    if total == micro and total != real:
+        ctx.fail(
+            f"total_steps counts micro-batches: {total} = {count} batches x {recipe.epochs:g} epochs, but with an "
+            f"accumulation of {recipe.accumulation} there are {real} optimizer steps",
+            measured=total,
+            allowed=real,
+            where=f"the run ends after {real / total:.0%} of the schedule",
+            hint="warm-up is as many times too long, and the decay is never reached: divide the number of batches by "
+            "the accumulation",
+        )
+
+
+def _check_applied(ctx: Context, run: Run, rates: list[list[float]]) -> None:
+    """What the scheduler says is what the optimizer has, in every group, and some rate is not zero."""
+    flat = [rate for row in rates for rate in row]
+    if not all(math.isfinite(rate) and rate >= 0 for rate in flat):
+        step = next(i for i, row in enumerate(rates) if not all(math.isfinite(rate) and rate >= 0 for rate in row))
+        ctx.fail(f"the rate is {rates[step]}", where=f"optimizer step {step}", hint="the formula leaves its range")
+    if not any(flat):
+        ctx.fail("the rate is 0 in the whole run: nothing is learnt", hint="a factor in whole numbers, 1 // warmup?")
+    known = getattr(run.scheduler, "get_last_lr", None)
+    now = [float(group["lr"]) for group in run.optimizer.param_groups]
+    said = [float(rate) for rate in known()] if callable(known) else now
+    moving = len({row[run.largest] for row in rates}) > 1
+    if len(said) != len(now) or any(not math.isclose(a, b, rel_tol=run.unit) for a, b in zip(said, now)):
+        other = getattr(run.scheduler, "optimizer", run.optimizer) is not run.optimizer
+        ctx.fail(
+            f"the scheduler's rate is not applied: it says {said[0]:.4g}, the optimizer has {now[0]:.4g}",
+            where=f"after {len(rates)} optimizer steps",
+            hint="it was attached to another optimizer than the one that steps: build the scheduler last, on the final "
+            "optimizer"
+            if other
+            else "step() computes the rate and does not write it into every group's 'lr'",
+        )
+    still = [g for g in range(len(now)) if len({row[g] for row in rates}) == 1]
+    if moving and still and not hasattr(run.scheduler, "base_lrs"):
+        ctx.fail(
+            f"the schedule moves only some parameter groups: group {still[0]} keeps {now[still[0]]:.4g} all along",
+            where=f"param_groups[{still[0]}]['lr']",
+            hint="optimizer.param_groups[0]['lr'] = ... sets the first group; loop over all of them",
+        )
+
+
+def _compare(
+    ctx: Context, recipe: Recipe, curve: list[float], base: float, form: Callable[[float], float], group: int, of: int
+) -> None:
+    """One group's rates against base * form(step), steps counted from 0 or from 1."""
+    peak = max(abs(base), max(curve))
+    allowed = tolerance.FACTOR * 2.0**-52 * len(curve) * peak  # one rounding per step: chained schedulers add them up
+    distances = []
+    for origin in (0, 1):
+        expected = [base * form(step + origin) for step in range(len(curve))]
+        distances.append(max(abs(a - b) for a, b in zip(curve, expected)))
+    origin = min((0, 1), key=lambda at: distances[at])
+    if distances[origin] <= allowed:
+        if origin and distances[0] > allowed:
+            ctx.note("the schedule counts steps from 1")
+        ctx.within(distances[origin], allowed, "the rate", where=f"param_groups[{group}]")
+        return
+    wanted = [base * form(step) for step in range(len(curve))]
+    what, hint = _explain(recipe, curve, base, form, 4 * allowed)
+    step = next(i for i, (a, b) in enumerate(zip(curve, wanted)) if abs(a - b) > allowed)
+    ctx.within(
+        distances[origin],
+        allowed,
+        f"the effective rate differs from the closed form ({_name(form, recipe)}){what}; it reaches "
+        f"{max(curve):.2g} at most in {len(curve)} optimizer steps, the closed form {max(wanted):.2g}",
+        where=f"first at optimizer step {step}: {curve[step]:.4g}, expected {wanted[step]:.4g}"
+        + (f" (param_groups[{group}])" if of > 1 else ""),
+        hint=hint,
+    )
+
+
+def _name(form: Callable[[float], float], recipe: Recipe) -> str:
+    return form.describe() if isinstance(form, ClosedForm) else getattr(form, "__name__", "a function")
+
+
+def _explain(
+    recipe: Recipe, curve: list[float], base: float, form: Callable[[float], float], within: float
+) -> tuple[str, str]:
+    """Which usual mistake gives exactly this curve: words for the message, and the hint."""
+    accumulation = recipe.accumulation
+    each = recipe.steps_each_epoch()
+    candidates: list[tuple[Callable[[int], float], str, str]] = []
+    if each is not None:
+        candidates.append((
+            lambda step: base * form(step // each),
+            "it is stepped once per epoch while its formula counts optimizer steps",
+            "call scheduler.step() after every optimizer.step(); per epoch the warm-up lasts "
+            f"{each} times as long (in this run it does not end, if it is counted in steps)",
+        ))  # fmt: skip
+    if accumulation > 1:
+        slower: Callable[[float], float] = (
+            form.stretched(accumulation) if isinstance(form, ClosedForm) else lambda step: form(step / accumulation)
+        )
+        candidates += [
+            (
+                lambda step: base * form(step * accumulation),
+                f"it runs {accumulation} times too fast: it is stepped once per micro-batch",
+                "step the scheduler where the optimizer steps, once per `accumulation` micro-batches",
+            ),
+            (
+                lambda step: base * slower(step),
+                f"it runs {accumulation} times too slowly: its lengths count micro-batches",
+                "warm-up and total are numbers of optimizer steps: divide the number of batches by the accumulation",
+            ),
+        ]
+    candidates += [
+        (
+            lambda step: base,
+            "it never moves: the scheduler is not stepped, or not attached",
+            "call scheduler.step() after every optimizer.step(), on the scheduler of this optimizer",
+        ),
+        (
+            lambda step: base * base * form(step),
+            "the learning rate enters twice",
+            "LambdaLR multiplies the optimizer's rate by what the function returns: return a factor, not a rate",
+        ),
+        (
+            lambda step: form(step),
+            "the optimizer's own rate is left out",
+            "the factor is set as the rate; multiply it by the learning rate",
+        ),
+    ]
+    for candidate, what, hint in candidates:
+        for origin in (0, 1):
+            if all(abs(candidate(step + origin) - rate) <= within for step, rate in enumerate(curve)):
+                return f": {what}", hint
+    return "", (
+        "compare the two curves: the step at which the warm-up ends, the step at which the decay ends (optimizer steps, "
+        "not batches, not epochs), and the last value"
+    )
+
+
+def _check_without_form(ctx: Context, recipe: Recipe, run: Run, curve: list[float], steps: int) -> None:
+    """No closed form is stated: what the schedule depends on, and whether the rate ever gets near the optimizer's."""
+    base, peak = run.base[run.largest], max(curve)
+    ctx.note(
+        f"no closed form is stated (recipe.schedule): rate from {min(curve):.3g} to {peak:.3g} over {steps} optimizer "
+        f"steps, the optimizer's own is {base:.3g}"
+    )
+    if recipe.interval == "epoch":
+        calls = max(1, steps // run.per_epoch)
+        by_step = run.again(run.total, steps, "step")
+        if peak < STARVED * base and max(by_step) > GAIN * peak:
+            ctx.fail(
+                f"the schedule is stepped once per epoch while its formula counts optimizer steps: the effective rate "
+                f"stays below {peak:.1e} in the whole run (the optimizer's own rate is {base:.1e})",
+                where=f"{calls} epochs of {run.per_epoch} optimizer steps",
+                measured=peak,
+                hint="call scheduler.step() after every optimizer.step()"
+                + (
+                    f"; and the factor never exceeds {max(by_step) / base:.1e} even so: a Noam formula is the rate "
+                    "itself, the optimizer's own must be 1"
+                    if base < 0.1 and max(by_step) < STARVED * base
+                    else f"; the rate then reaches {max(by_step):.1e}"
+                ),
+            )
+        longer, own = run.again(4 * run.total, calls + 1, "step"), run.again(run.total, calls + 1, "step")
+        if any(not math.isclose(a, b, rel_tol=run.unit) for a, b in zip(longer, own)):
+            ctx.fail(
+                f"the schedule is stepped once per epoch while its formula counts optimizer steps: it was built for "
+                f"{run.total} steps and is stepped {calls} times",
+                where=f"the rate goes from {curve[0]:.4g} to {curve[-1]:.4g}",
+                hint="step it after every optimizer.step(), or build it from the number of epochs",
+            )
+    elif base < 0.1 and peak < STARVED * base and steps == run.total:
+        ctx.fail(
+            f"the schedule's factor never exceeds {peak / base:.1e}: the effective rate stays below {peak:.1e} while "
+            f"the optimizer's own is {base:.1e}",
+            measured=peak,
+            allowed=None,
+            where=f"{steps} optimizer steps",
+            hint="LambdaLR multiplies: a function that returns a rate (Noam's is one) wants an optimizer with lr=1",
+        )
+
+
+# -- optimizer ---------------------------------------------------------------------------------------------------------
+
+
+@register_check(
+    "training.optimizer",
+    holds="the optimizer covers the live parameters once each; groups and decay as stated",
+    needs=("recipe",),
+    requires=(),
+    profile="smoke",
+)
+def check_optimizer(subject: Specimen, ctx: Context) -> None:
+    """Compared by identity with the parameters that the model has after make_optimizer(model) has returned.
+
+    A resize, a re-tied or replaced head, LoRA injection after the optimizer was made: the optimizer then updates
+    tensors that nobody reads, and the loss falls all the same.
+    """
+    recipe = subject.recipe
+    recipe.need("make_optimizer")
+    module = subject.copy().module
+    optimizers = made_optimizers(ctx, recipe, module)
+    live = {id(p): name for name, p in module.named_parameters()}
+    trainable = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    held_ids = [id(p) for p in held]
+    missing = [name for key, name in trainable.items() if key not in held_ids]
+    stale = [p for p in held if id(p) not in live]
+    if stale:
+        also = f", and {_list(missing)} {'is' if len(missing) == 1 else 'are'} not in it" if missing else ""
+        ctx.fail(
+            f"the optimizer holds {len(stale)} tensor{'s' if len(stale) > 1 else ''} that "
+            f"{'are' if len(stale) > 1 else 'is'} no parameter of the model "
+            f"(the first of shape {list(stale[0].shape)}){also}",
+            where=missing[0] if missing else "",
+            hint="the optimizer was made before the model got its final parameters (resize_token_embeddings, a new or "
+            "re-tied head, an adapter, a copy, another dtype): make it last",
+        )
+    if missing:
+        ctx.fail(
+            f"{len(missing)} trainable parameter{'s are' if len(missing) > 1 else ' is'} not in the optimizer: "
+            f"{_list(missing)}",
+            where=missing[0],
+            hint="the groups are picked by name or type and some fall through (a norm that is not nn.LayerNorm, a raw "
+            "nn.Parameter, a tied head); what is meant to stay fixed should have requires_grad=False",
+        )
+    twice = [live[key] for key in dict.fromkeys(held_ids) if held_ids.count(key) > 1]
+    if twice:
+        ctx.fail(
+            f"{_list(twice)} {'is' if len(twice) == 1 else 'are'} in the optimizer more than once, and updated as often",
+            where=twice[0],
+            hint="a tied weight has two names (use named_parameters() as it is, without remove_duplicate=False), or "
+            "two optimizers share it",
+        )
+    frozen = [live[id(p)] for p in held if not p.requires_grad]
+    if frozen:
+        ctx.note(f"{len(frozen)} frozen parameters are in the optimizer ({_list(frozen)}): they take no update")
+    _check_stated_decay(ctx, recipe, optimizers, live)
+
+
+def made_optimizers(ctx: Context, recipe: Recipe, module: nn.Module) -> list[Any]:
+    """What make_optimizer gives. Violation where it raises."""
+    import torch
+
+    module.train()
+    try:
+        with torch.enable_grad():
+            return list(recipe.optimizers(module))
+    except TypeError as error:
+        if "param_groups" in str(error):
+            ctx.not_applicable(str(error))
+        ctx.fail(f"make_optimizer(model) raised TypeError: {first_line(error)}")
+    except ValueError as error:
+        duplicate = "more than one parameter group" in str(error)
+        ctx.fail(
+            f"make_optimizer(model) raised ValueError: {first_line(error)}",
+            hint="a tied weight, or one that two rules match, is in two groups" if duplicate else "",
+        )
+    raise AssertionError("unreachable")
+
+
+def _check_stated_decay(ctx: Context, recipe: Recipe, optimizers: list[Any], live: dict[int, str]) -> None:
+    stated = recipe.weight_decay
+    decays = [
+        (live[id(p)], p, float(group.get("weight_decay") or 0))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    if stated is not None:
+        wrong = [(name, decay) for name, _, decay in decays if decay not in (0.0, float(stated))]
+        if wrong or (stated and not any(decay for _, _, decay in decays)):
+            name, decay = wrong[0] if wrong else (decays[0][0], 0.0)
+            ctx.fail(
+                f"the recipe states a weight decay of {stated:g}, and {name} gets {decay:g}",
+                measured=decay,
+                allowed=float(stated),
+                where=name,
+                hint="the decay is not passed on (AdamW's default is 0.01, Adam's 0), or a group overrides it",
+            )
+    if recipe.no_decay is None:
+        return
+    for name, parameter, decay in decays:
+        wanted = recipe.decays(name, parameter)
+        if wanted is False and decay:
+            ctx.fail(
+                f"{name} is decayed by {decay:g}, though the recipe states that it is not",
+                where=name,
+                hint="the names in the no-decay list are another model's (LayerNorm.weight, ln_f, norm.weight): select "
+                "by p.dim() >= 2 instead",
+            )
+        if wanted and not decay and stated:
+            ctx.fail(f"{name} is not decayed, though the recipe states that it is", where=name)
+
+
+@register_check(
+    "training.weight_decay",
+    holds="biases and normalisation scales are not decayed, unless the recipe states what is",
+    needs=("recipe",),
+    requires=(),
+    profile="smoke",
+    severity="warning",
+)
+def check_weight_decay(subject: Specimen, ctx: Context) -> None:
+    """A convention, not a law: GPT-2, GPT-3, LLaMA's successors and transformers' Trainer leave them out.
+
+    AdamW(model.parameters(), weight_decay=...) decays all. Where the recipe states `no_decay`, training.optimizer
+    compares with that, and this has nothing to say.
+    """
+    recipe = subject.recipe
+    recipe.need("make_optimizer")
+    if recipe.no_decay is not None:
+        ctx.not_applicable("the recipe states what is left out of the decay (no_decay); see training.optimizer")
+    module = subject.copy().module
+    optimizers = made_optimizers(ctx, recipe, module)
+    small = {id(p): name for name, p in module.named_parameters() if p.dim() < 2 and not _raw(module, name)}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group.get("weight_decay")]
+    if not groups:
+        ctx.not_applicable("nothing is decayed")
+    decayed = [small[id(p)] for group in groups for p in group["params"] if id(p) in small]
+    if decayed:
+        ctx.fail(
+            f"weight decay {groups[0]['weight_decay']:g} is applied to {len(decayed)} biases and normalisation scales "
+            f"({_list(decayed)})",
+            where=decayed[0],
+            hint="put parameters with p.dim() < 2 into a group with weight_decay=0; if it is meant, say so: "
+            "Recipe(no_decay=())",
+        )
+    for optimizer in optimizers:
+        if type(optimizer).__name__ == "Adam" and not optimizer.defaults.get("decoupled_weight_decay"):
+            ctx.note("Adam adds the decay to the gradient (L2), which its scaling then undoes: AdamW is meant for it")
+
+
+def _raw(module: nn.Module, name: str) -> bool:
+    """Whether that parameter is neither a bias nor a norm's: a decay rate, a gate, a scale of its own."""
+    owner, _, leaf = name.rpartition(".")
+    part = module.get_submodule(owner)
+    return leaf != "bias" and not (leaf == "weight" and "norm" in f"{type(part).__name__} {owner}".lower())
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,60 @@
+"""Parameters that a model is right not to use on text alone: those of other modalities, or that read an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from lmconform.conventions import parameters_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmconform.specimen import Specimen
+
+CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn", "cross_attention")
+OTHER_MODALITIES = ("vision", "visual", "image", "img", "audio", "speech", "video")
+
+
+def declared_unused(
+    subject: Specimen, names: Iterable[str], ids: Tensor, base: Tensor, bound: float
+) -> dict[str, list[str]]:
+    """Of the parameters `names` those that only inputs not given here would use, by reason. Empty where none are.
+
+    What declares it is the config (a part for another modality) or forward() (encoder_hidden_states), beside the name.
+    The name alone excuses nothing: all of them are moved at once, and the logits of `ids` must stay at `base`.
+    """
+    import torch
+
+    text, config = parameters_fed_by_text(subject), subject.config
+    towers = any(getattr(config, f"{modality}_config", None) is not None for modality in OTHER_MODALITIES)
+    reads_encoder = "encoder_hidden_states" in parameters_of(subject.module)[0]
+    tower: list[str] = []
+    reader: list[str] = []
+    for name in names:
+        words = name.split(".")
+        named = towers and any(modality in word for word in words for modality in OTHER_MODALITIES)
+        if named or (text is not None and name not in text):
+            tower.append(name)
+        elif reads_encoder and any(word.startswith(CROSS_ATTENTION) for word in words):
+            reader.append(name)
+    if not tower and not reader:
+        return {}
+    moved = subject.copy()
+    with torch.no_grad():
+        parameters = dict(moved.module.named_parameters())
+        for name in (*tower, *reader):
+            parameters[name].add_(1.0)
+    if not float((moved.logits(ids).double() - base.double()).abs().max()) <= bound:
+        return {}
+    return {"of another modality": tower, "cross-attention where no encoder_hidden_states are given": reader}
+
+
+def parameters_fed_by_text(subject: Specimen) -> set[str] | None:
+    """Names of the language model's parameters in a model of several modalities; None for a plain language model."""
+    whole, text = getattr(subject.module, "config", None), subject.config
+    if whole is None or text is None or whole is text:
+        return None
+    modules = dict(subject.module.named_modules())
+    parts = [name for name, part in modules.items() if getattr(part, "config", None) is text]
+    return {name for name, _ in subject.module.named_parameters() if any(name.startswith(f"{part}.") for part in parts)}

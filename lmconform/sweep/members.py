@@ -1,0 +1,485 @@
+"""Trains many copies of one model at once, each with its own learning rate and initial weights.
+
+The weights of all members are stacked and `torch.func.vmap` runs the model over the stack, so that one operation does
+the work of all; each member is one parameter group of `torch.optim.AdamW` itself. Where a model cannot be run that way
+the members are trained one at a time, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lmconform.conventions import first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lmconform.specimen import Specimen
+
+IGNORED = -100
+DIVERGED = 4.0  # a loss this many times the first one is given up
+SETTLING = 5  # but not within the first steps
+MEMORY = 2 << 30  # bytes that the members of one chunk may take, if so much is free
+TENSORS = 6  # of the weights' size that a member takes: weights, two moments, gradients as they come and side by side
+WAYS = ("as it is called", "with eager attention", "with eager attention and a ready 4-D mask")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One training run."""
+
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids [rows, time]; targets [rows, time]: what the logits at each place should say, -100 where nothing."""
+
+    ids: Tensor
+    targets: Tensor
+
+
+Batches = Callable[[int, int], Batch]  # of step and seed
+Loss = Callable[["Tensor", "Tensor"], "Tensor"]  # of logits and targets as they stand
+
+
+@dataclass
+class Training:
+    """What came of it. `losses`: one list a member, as long as it was trained; `reason`: why not vectorised."""
+
+    members: list[Member]
+    losses: list[list[float]]
+    diverged: list[bool]
+    mode: str
+    reason: str = ""
+    seconds: float = 0.0
+    member_bytes: int = 0
+    chunk: int = 1
+    weights: list[dict[str, Tensor]] = field(default_factory=list)
+    _starts: dict[int, Specimen] = field(default_factory=dict, repr=False)
+
+    def trained(self, index: int) -> Specimen:
+        """That member's model with the weights it ended with."""
+        import torch
+
+        member = self._starts[self.members[index].seed].copy()
+        parameters = dict(member.module.named_parameters())
+        with torch.no_grad():
+            for name, value in self.weights[index].items():
+                parameters[name].copy_(value)
+        return member
+
+
+def next_token(ids: Tensor) -> Batch:
+    """Ids [rows, time] and the token after each as its target."""
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = IGNORED
+    return Batch(ids, targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over all targets; logits [rows, time, vocab]."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def train(
+    subject: Specimen,
+    members: Sequence[Member],
+    batches: Batches,
+    steps: int,
+    *,
+    loss: Loss = cross_entropy,
+    labels: bool = False,
+    sequential: bool = False,
+    done_below: float | None = None,
+    memory: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Training:
+    """Train every member for `steps` steps of AdamW (torch's defaults) with dropout off, from its seed's fresh weights.
+
+    A subject that cannot be built again starts every member from the weights it came with. With `labels` the model is
+    given its labels too, as a Trainer would. A member whose loss diverges is stopped; one that was below `done_below`
+    for three steps has reached its end.
+    """
+    from lmconform.checks.gradients import without_dropout
+
+    started = time.perf_counter()
+    starts = {
+        seed: without_dropout(subject.fresh(seed) if subject.builder is not None else subject.as_loaded())
+        for seed in dict.fromkeys(member.seed for member in members)
+    }
+    first = next(iter(starts.values()))
+    made = Training(list(members), [[] for _ in members], [False] * len(members), "sequential")
+    made.weights, made._starts = [{} for _ in members], starts
+    judge = _Judge(made, done_below)
+    example = batches(0, members[0].seed)
+    if sequential:
+        run, made.reason = None, "asked for"
+    elif len(members) == 1:
+        run, made.reason = None, "there is one member"
+    else:
+        run, made.reason = vectorisable(subject, first, example, loss, labels)
+    if run is None:
+        for index in range(len(members)):
+            _one(made, index, batches, steps, loss, labels, judge)
+            progress((index + 1) * steps, len(members) * steps)
+    else:
+        made.mode = "vectorised"
+        made.member_bytes = _member_bytes(first, example, loss, labels)
+        made.chunk = max(1, min(len(members), (memory or _free(first)) // made.member_bytes))
+        for low in range(0, len(members), made.chunk):
+            part = range(low, min(low + made.chunk, len(members)))
+            done = low * steps
+            _together(made, part, batches, steps, run, judge, lambda more, done=done: progress(done + more, len(members) * steps))  # type: ignore[misc] # fmt: skip
+    made.seconds = time.perf_counter() - started
+    return made
+
+
+class _Judge:
+    """Says, step by step, whether a member goes on."""
+
+    def __init__(self, made: Training, done_below: float | None) -> None:
+        self.made = made
+        self.done_below = done_below
+
+    def goes_on(self, index: int, loss: float) -> bool:
+        losses = self.made.losses[index]
+        losses.append(loss)
+        if not math.isfinite(loss) or (len(losses) > SETTLING and loss > DIVERGED * losses[0]):
+            self.made.diverged[index] = True
+            return False
+        return self.done_below is None or len(losses) < 3 or max(losses[-3:]) >= self.done_below
+
+
+# -- one at a time -------------------------------------------------------------------------------------------------
+
+
+def _one(
+    made: Training, index: int, batches: Batches, steps: int, loss: Loss, labels: bool, judge: _Judge
+) -> None:  # fmt: skip
+    import torch
+
+    member = made.members[index]
+    copy = made._starts[member.seed].copy()
+    named = {name: weight for name, weight in copy.module.named_parameters() if weight.requires_grad}
+    if not named:
+        raise NothingToTrain("no parameter requires a gradient: everything is frozen")
+    optimizer = torch.optim.AdamW(named.values(), lr=member.rate)
+    for step in range(steps):
+        batch = batches(step, member.seed)
+        optimizer.zero_grad()
+        value = loss(_logits(copy, batch, labels), batch.targets)
+        if value.requires_grad:
+            value.backward()
+        going = judge.goes_on(index, float(value.detach()))
+        if made.diverged[index]:
+            break
+        optimizer.step()
+        if not going:
+            break
+    made.weights[index] = {name: weight.detach() for name, weight in named.items()}
+
+
+def _logits(specimen: Specimen, batch: Batch, labels: bool) -> Tensor:
+    output = specimen.forward(
+        batch.ids, train=True, grad=True, use_cache=False, labels=given_labels(specimen, batch) if labels else None
+    )
+    return output.logits
+
+
+def given_labels(specimen: Specimen, batch: Batch) -> Tensor:
+    """The batch's labels as that model wants them: shifted by itself (Hugging Face), or as they stand."""
+    return batch.ids if specimen.convention.labels_shifted else batch.targets
+
+
+class NothingToTrain(ValueError):
+    """Every parameter is frozen."""
+
+
+# -- together ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Vectorised:
+    """How all members are run at once: stacked weights and ids to losses [members] and gradients."""
+
+    specimen: Specimen
+    loss: Loss
+    labels: bool
+    mask: bool
+    outside: bool = True  # autograd around vmap, half the work; inside it where operations fall back to a loop
+
+    def one(self, weights: dict[str, Tensor], ids: Tensor, targets: Tensor) -> Tensor:
+        """The loss of one member: what is vmapped."""
+        return self.loss(self.logits(weights, ids, targets), targets)
+
+    def logits(self, weights: dict[str, Tensor], ids: Tensor, targets: Tensor) -> Tensor:
+        from torch.func import functional_call
+
+        convention, module = self.specimen.convention, self.specimen.module
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return functional_call(module, weights, arguments, keywords)
+
+        inputs: dict[str, Any] = {"use_cache": False}
+        if self.labels:
+            inputs["labels"] = given_labels(self.specimen, Batch(ids, targets))
+        if self.mask:
+            inputs["mask"] = ready_mask(ids.shape[1], self.specimen)
+        return convention.run(call, ids, **inputs).logits  # type: ignore[arg-type]
+
+    def losses_and_gradients(
+        self, weights: dict[str, Tensor], ids: Tensor, targets: Tensor, shared: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        import torch
+        from torch.func import grad_and_value, vmap
+
+        dims = (0, None, None) if shared else (0, 0, 0)
+        if not self.outside:
+            mapped = vmap(grad_and_value(self.one), in_dims=dims, randomness="different")
+            gradients, losses = mapped(weights, ids, targets)
+            return losses, list(gradients.values())
+        leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
+        losses = vmap(self.one, in_dims=dims, randomness="different")(leaves, ids, targets)
+        found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        zipped = zip(found, leaves.values(), strict=True)
+        return losses.detach(), [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zipped]
+
+
+def ready_mask(time: int, specimen: Specimen) -> Tensor:
+    """What is added to the scores: 0 where a query may look, the lowest number elsewhere: [1, 1, time, time]."""
+    import torch
+
+    lowest = torch.finfo(specimen.dtype).min
+    seen = torch.full((time, time), lowest, dtype=specimen.dtype, device=specimen.device).triu(1)
+    return seen[None, None]
+
+
+def vectorisable(
+    subject: Specimen, start: Specimen, example: Batch, loss: Loss, labels: bool
+) -> tuple[Vectorised | None, str]:
+    """How to run stacked copies of it, or None and why not.
+
+    A way counts only if it gives the logits that the model gives when called alone, both with fresh and with the
+    subject's own weights: a ready mask would otherwise hide what the model does without one.
+    """
+    import torch
+    from torch.func import vmap
+
+    from lmconform.checks.gradients import without_dropout
+
+    weights = [
+        {name: weight.detach() for name, weight in specimen.module.named_parameters() if weight.requires_grad}
+        for specimen in (start, without_dropout(subject))
+    ]
+    if not weights[0]:
+        return None, "no parameter requires a gradient"
+    if any(not weight.is_floating_point() for weight in weights[0].values()):
+        return None, "a trainable parameter is not floating"
+    if differing := _differing_state(start, subject):
+        return None, f"{differing} is no trained parameter and differs from copy to copy"
+    stacked = {name: torch.stack([weight[name] for weight in weights]) for name in weights[0]}
+    with torch.no_grad():
+        alone = torch.stack([_logits(_with(start, weight), example, labels).detach() for weight in weights])
+    reason = ""
+    for way in WAYS:
+        try:
+            specimen = _prepared(start, way)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = reason or first_line(error)
+            continue
+        if specimen is None:
+            continue
+        run = Vectorised(specimen, loss, labels, mask=way == WAYS[2])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                specimen.module.train()
+                together = vmap(run.logits, in_dims=(0, None, None), randomness="different")(
+                    stacked, example.ids, example.targets
+                )
+                run.losses_and_gradients(dict(stacked), example.ids, example.targets, True)
+            except Exception as error:
+                reason = reason or f"{type(error).__name__} under vmap: {first_line(error)}"
+                continue
+        if any("batching rule" in str(warning.message) for warning in said):
+            run.outside = False
+        from lmconform import tolerance
+
+        worst = float((together.detach().double() - alone.double()).abs().max())
+        if not worst <= tolerance.allowed(subject.noise, alone):
+            reason = reason or f"stacked copies give other logits than one alone (by {worst:.2g})"
+            continue
+        return run, ""
+    return None, reason or "it cannot be run under vmap"
+
+
+def _prepared(start: Specimen, way: str) -> Specimen | None:
+    """A copy to be run that way; None where it is not offered."""
+    copy = start.copy()
+    eager = getattr(copy.module, "set_attn_implementation", None)
+    if way == WAYS[0]:
+        return copy if eager is None else None
+    if eager is None or (way == WAYS[2] and copy.convention.mask != "attention_mask"):
+        return None
+    eager("eager")
+    return copy
+
+
+def _with(start: Specimen, weights: dict[str, Tensor]) -> Specimen:
+    import torch
+
+    copy = start.copy()
+    parameters = dict(copy.module.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+    return copy
+
+
+def _differing_state(start: Specimen, subject: Specimen) -> str:
+    """A buffer or frozen parameter that another seed's model has otherwise; empty where there is none."""
+    import torch
+
+    if subject.builder is None:
+        return ""
+    other = subject.fresh(start.seed + 1).module
+
+    def state(module: nn.Module) -> dict[str, Tensor]:
+        frozen = {name: weight for name, weight in module.named_parameters() if not weight.requires_grad}
+        return {**frozen, **dict(module.named_buffers())}
+
+    mine, theirs = state(start.module), state(other)
+    return next((name for name in mine if name in theirs and not torch.equal(mine[name], theirs[name])), "")
+
+
+def _together(
+    made: Training, part: range, batches: Batches, steps: int, run: Vectorised, judge: _Judge,
+    progress: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Train the members of one chunk side by side."""
+    import torch
+
+    alive = list(part)
+    names = [name for name, weight in run.specimen.module.named_parameters() if weight.requires_grad]
+    shapes = [run.specimen.module.get_parameter(name).shape for name in names]
+    flat = torch.stack([_row(made._starts[made.members[index].seed].module, names) for index in alive])
+    optimizer = _Rows(flat, [made.members[index].rate for index in alive])
+    run.specimen.module.train()
+    for step in range(steps):
+        drawn = {made.members[index].seed: None for index in alive}
+        given = {seed: batches(step, seed) for seed in drawn}
+        shared = len({id(batch) for batch in given.values()}) == 1
+        own = [given[made.members[index].seed] for index in alive]
+        ids = own[0].ids if shared else torch.stack([batch.ids for batch in own])
+        targets = own[0].targets if shared else torch.stack([batch.targets for batch in own])
+        losses, gradients = run.losses_and_gradients(_views(optimizer.flat, names, shapes), ids, targets, shared)
+        values = losses.tolist()
+        going = [judge.goes_on(index, value) for index, value in zip(alive, values, strict=True)]
+        torch.cat([gradient.reshape(len(alive), -1) for gradient in gradients], 1, out=optimizer.gradient)
+        optimizer.step([not made.diverged[index] for index in alive])
+        ended = [place for place, on in enumerate(going) if not on or step == steps - 1]
+        for place in ended:
+            views = _views(optimizer.flat[place : place + 1].clone(), names, shapes)
+            made.weights[alive[place]] = {name: view[0] for name, view in views.items()}
+        if ended:
+            kept = [place for place, on in enumerate(going) if on]
+            alive = [alive[place] for place in kept]
+            if not alive:
+                break
+            optimizer.keep(kept)
+        progress((step + 1) * len(part))
+
+
+def _row(module: nn.Module, names: Sequence[str]) -> Tensor:
+    import torch
+
+    return torch.cat([module.get_parameter(name).detach().flatten() for name in names])
+
+
+def _views(flat: Tensor, names: Sequence[str], shapes: Sequence[torch.Size]) -> dict[str, Tensor]:
+    """Weights by name, [members, ...], as views of `flat` [members, size]."""
+    sizes = [shape.numel() for shape in shapes]
+    parts = flat.detach().split(sizes, dim=1)
+    return {name: part.unflatten(1, shape) if len(shape) else part[:, 0] for name, part, shape in zip(names, parts, shapes, strict=True)}  # fmt: skip
+
+
+class _Rows:
+    """torch.optim.AdamW over the rows of one tensor, a parameter group with a rate of its own for each."""
+
+    def __init__(self, flat: Tensor, rates: Sequence[float]) -> None:
+        import torch
+
+        self.flat = flat
+        self.rates = list(rates)
+        self.gradient = torch.empty_like(flat)
+        self.rows: list[Tensor] = []
+        self.optimizer: Any = None
+        self._over([{} for _ in rates])
+
+    def _over(self, states: list[dict[str, Any]]) -> None:
+        import torch
+
+        self.rows = [torch.nn.Parameter(row) for row in self.flat.detach().unbind()]
+        groups = [{"params": [row], "lr": rate} for row, rate in zip(self.rows, self.rates, strict=True)]
+        fused = self.flat.device.type in ("cpu", "cuda", "mps")
+        self.optimizer = torch.optim.AdamW(groups, fused=fused)
+        for row, state in zip(self.rows, states, strict=True):
+            if state:
+                self.optimizer.state[row] = state
+
+    def step(self, live: Sequence[bool]) -> None:
+        """One step by `gradient`; members that are not live keep their weights."""
+        for row, gradient, on in zip(self.rows, self.gradient.unbind(), live, strict=True):
+            row.grad = gradient if on else None
+        self.optimizer.step()
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Go on with these rows alone, moments included."""
+        import torch
+
+        states = [self.optimizer.state[self.rows[place]] for place in places]
+        self.flat = self.flat[list(places)].contiguous()
+        self.rates = [self.rates[place] for place in places]
+        self.gradient = torch.empty_like(self.flat)
+        self._over(states)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def _member_bytes(start: Specimen, example: Batch, loss: Loss, labels: bool) -> int:
+    """What one member takes: weights, moments, gradients, and twice what its forward pass saves for backward."""
+    import torch
+
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(_logits(start, example, labels), example.targets)
+    weights = sum(p.numel() * p.element_size() for p in start.module.parameters() if p.requires_grad)
+    return TENSORS * weights + 2 * sum(saved.values())
+
+
+def _free(start: Specimen) -> int:
+    """Bytes that a chunk may take: at most a quarter of what is free."""
+    import torch
+
+    from lmconform.specimen import available_memory
+
+    if start.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(start.device)[0]) // 2
+    return min(MEMORY, available_memory() // 4)
