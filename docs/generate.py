@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 from lmconform.registry import CAPABILITIES, Check, all_checks
@@ -45,7 +46,70 @@ def checks_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"checks.md": checks_page}
+def findings_page() -> str:
+    """docs/findings.md: the faults and traps of docs/findings.toml, each with its reproduction."""
+    findings = tomllib.loads((HERE / "findings.toml").read_text(encoding="utf-8"))["finding"]
+    faults = sum(finding["kind"] == "fault" for finding in findings)
+
+    def types(finding: dict[str, list[str]]) -> str:
+        return ", ".join(f"`{name}`" for name in finding["types"])
+
+    lines = [
+        "# Findings",
+        "",
+        f"What lmconform brought to light in released libraries: {faults} faults and {len(findings) - faults} traps,",
+        "most consequential first. A fault contradicts the model's own configuration, documentation or siblings. A",
+        "trap is documented, or as the original authors wrote it, and surprises all the same.",
+        "",
+        "Every entry was read in the source of the library and is reproduced by the script below it: random weights,",
+        "tiny, on a CPU, without lmconform. The page is generated from `docs/findings.toml` by",
+        "`python docs/generate.py`; `tests/findings` runs every script against the installed version. Each script",
+        "ends with an assert that holds while the fault exists, so the release that mends one is noticed. The scripts",
+        "were run on transformers 5.17 and 5.23; a range that ends before 6 means that 5.23 still shows the fault.",
+        "",
+        "| finding | types | kind | shown by |",
+        "| --- | --- | --- | --- |",
+    ]
+    for finding in findings:
+        check = (
+            f"[{finding['check']}](checks.md#{finding['check'].replace('.', '')})" if finding["check"] else "no check"
+        )
+        lines.append(f"| [{finding['id']}](#{finding['id']}) | {types(finding)} | {finding['kind']} | {check} |")
+    for finding in findings:
+        shown = (
+            f"`lmconform explain {finding['check']}`"
+            if finding["check"]
+            else "no check (the model cannot be built or called so, or the fault is outside what a check can reach)"
+        )
+        lines += [
+            "",
+            f"## {finding['id']}",
+            "",
+            f"**{finding['title']}**",
+            "",
+            f"- Kind: {finding['kind']}. Types: {types(finding)}. Seen in: `{finding['versions']}`.",
+            f"- Where: `{finding['where']}`.",
+            f"- Shown by: {shown}.",
+            *(
+                [f"- Public threads: {', '.join(f'<{link}>' for link in finding['links'])}."]
+                if finding["links"]
+                else []
+            ),
+            "",
+            f"Cause: {finding['cause']}",
+            "",
+            f"Who is hit: {finding['consequence']}",
+            "",
+            f"Workaround: {finding['workaround']}",
+            "",
+            "```python",
+            finding["reproduction"].strip(),
+            "```",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"checks.md": checks_page, "findings.md": findings_page}
 
 
 if __name__ == "__main__":

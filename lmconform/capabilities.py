@@ -98,6 +98,20 @@ def _ckpt(subject: Specimen) -> Capability:
     return YES
 
 
+def _processes(subject: Specimen) -> Capability:
+    from lmconform.ranks import reason_against
+
+    reason = reason_against(subject)
+    return Capability(False, reason) if reason else YES
+
+
+def _peft(subject: Specimen) -> Capability:
+    from lmconform.adapters import reason_against
+
+    reason = reason_against(subject)
+    return Capability(False, reason) if reason else YES
+
+
 def _given(field: str, what: str) -> Callable[[Specimen], Capability]:
     def given(subject: Specimen) -> Capability:
         return YES if getattr(subject, field) is not None else Capability(False, f"{what} was not given")
@@ -119,4 +133,6 @@ _PROBES: dict[str, Callable[[Specimen], Capability]] = {
     "ref": _given("reference", "a reference (--reference)"),
     "tok": _given("tokenizer", "a tokenizer"),
     "recipe": _given("recipe", "a recipe"),
+    "processes": _processes,
+    "peft": _peft,
 }

@@ -1,4 +1,4 @@
-"""The command line: `lmconform check`, `list`, `explain`, `zoo`. This process imports neither torch nor a subject."""
+"""The command line: `lmconform check`, `list`, `explain`, `zoo`, `sweep`. This process imports neither torch nor a subject."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import __version__
 from lmconform.cases import Span
+from lmconform.diagnosis.catalogue import CauseEntry, catalogue
+from lmconform.diagnosis.ranking import RELIABILITY
 from lmconform.expected import ExpectedError, draft, known_deviations, read_expected
 from lmconform.isolation import Child, WorkerFailure
 from lmconform.options import NAMES, OptionError, Options, make_options, read_ini
-from lmconform.registry import CAPABILITIES, PROFILES, Check, UnknownCheck, all_checks, get_check, select_checks
+from lmconform.registry import CAPABILITIES, PROFILES, Check, UnknownCheck, all_checks, select_checks, unknown_id
 from lmconform.results import Report, Result, write_whole
 from lmconform.runner import run_all
 from lmconform.session import Session, chosen_case, versions
@@ -117,8 +119,12 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     listing.add_argument("patterns", nargs="*", metavar="ID", help="ids, families or globs")
     listing.set_defaults(run=_list)
 
-    explain = commands.add_parser("explain", help="say what a check holds and how it measures", allow_abbrev=False)
-    explain.add_argument("id", metavar="ID", help="a check, or a family")
+    explain = commands.add_parser(
+        "explain",
+        help="say what a check holds and how it measures, or what a cause is and how to mend it",
+        allow_abbrev=False,
+    )
+    explain.add_argument("id", metavar="ID", help="a check, a cause, or a family")
     explain.set_defaults(run=_explain)
 
     zoo = commands.add_parser("zoo", help="check every causal architecture of transformers", allow_abbrev=False)
@@ -127,6 +133,16 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
         module.add_arguments(zoo)
         zoo.set_defaults(run=module.main)
+
+    sweep = commands.add_parser(
+        "sweep", help="train with many learning rates at once", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    if arguments[:1] == ["sweep"]:
+        from lmconform.sweep import command
+
+        command.add_arguments(sweep)
+        sweep.set_defaults(run=command.main)
     return parser
 
 
@@ -382,14 +398,34 @@ def _explain(args: argparse.Namespace) -> int:
     from lmconform.report.terminal import make_console
 
     console = make_console()
-    family = [check for check in all_checks().values() if check.family == args.id]
-    if family:
-        for check in family:
-            console.print(f"{check.id}: {check.holds}")
+    checks, causes = all_checks(), catalogue()
+    if args.id in checks or args.id in causes:
+        lines = _explained(checks[args.id]) if args.id in checks else _explained_cause(causes[args.id])
+        for title, text in lines:
+            console.print(f"{title}: {text}" if title else text, markup=False, highlight=False)
         return OK
-    for title, text in _explained(get_check(args.id)):
-        console.print(f"{title}: {text}" if title else text)
+    family = [(check.id, check.holds) for check in checks.values() if check.family == args.id]
+    family += [(f"cause {id}", cause.summary) for id, cause in causes.items() if id.partition(".")[0] == args.id]
+    if not family:
+        families = {id.partition(".")[0] for id in (*checks, *causes)}
+        raise UnknownCheck(unknown_id(args.id, [*checks, *causes, *families], "check or cause"))
+    for id, text in family:
+        console.print(f"{id}: {text}", markup=False, highlight=False)
     return OK
+
+
+def _explained_cause(cause: CauseEntry) -> list[tuple[str, str]]:
+    by_reliability = sorted(cause.shows, key=lambda check: list(RELIABILITY).index(cause.shows[check]))
+    lines = [
+        ("", f"{cause.id}: {cause.summary}"),
+        ("what it is", cause.explanation),
+        ("confirm", cause.confirm.replace("{spec}", "SPEC")),
+        ("mend", cause.mend),
+        ("turns red", ", ".join(f"{check} ({cause.shows[check]})" for check in by_reliability)),
+        ("easily taken for", ", ".join(cause.similar)),
+        ("see", "; ".join(cause.references)),
+    ]
+    return [(title, text) for title, text in lines if text]
 
 
 def _explained(check: Check) -> list[tuple[str, str]]:

@@ -43,9 +43,7 @@ class Encoder:
         try:
             return self._encode(text) if add is None else self._encode(text, **{ADD: add})
         except Exception as error:
-            raise EncodingError(
-                f"encoding {text!r} raised {type(error).__name__}: {first_line(error)}"
-            ) from error
+            raise EncodingError(f"encoding {text!r} raised {type(error).__name__}: {first_line(error)}") from error
 
     def encode(self, text: str, add: bool | None = None) -> list[int]:
         return as_ids(self.raw(text, add))

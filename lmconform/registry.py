@@ -39,6 +39,8 @@ CAPABILITIES = {
     "ref": "a reference model",
     "tok": "a tokenizer",
     "recipe": "a recipe (optimizer, schedule, loss or data)",
+    "processes": "a second process that can build the model, and torch.distributed",
+    "peft": "the package peft, and linear layers in repeated blocks",
 }
 
 
@@ -141,10 +143,10 @@ def get_check(id: str) -> Check:
     return checks[id]
 
 
-def unknown_id(id: str, known: Iterable[str]) -> str:
+def unknown_id(id: str, known: Iterable[str], kind: str = "check") -> str:
     """One sentence for a mistyped id."""
     near = difflib.get_close_matches(id, list(known), n=3, cutoff=0.5)
-    return f"no check is called {id!r}" + (f"; did you mean {' or '.join(near)}?" if near else "; see: lmconform list")
+    return f"no {kind} is called {id!r}" + (f"; did you mean {' or '.join(near)}?" if near else "; see: lmconform list")
 
 
 def select_checks(profile: str = "default", select: Iterable[str] = (), deselect: Iterable[str] = ()) -> list[Check]:

@@ -68,7 +68,7 @@ class Runner:
         Raises Unavailable where the subject does not go along.
         """
         try:
-            with _time_limit(self.timeout), _quiet(self.seed):
+            with self.subject.placed(), _time_limit(self.timeout), _quiet(self.seed):
                 return probe()
         except Unavailable:
             raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.cases import Choice, Span
+from lmconform.checks.padding import mask_for
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -186,15 +187,13 @@ def _compare_chunks(subject: Specimen, ctx: Context, sizes: Sequence[int], masks
     total = sum(sizes)
     ids = ctx.ids(2, total)
     with_mask = masks == "ones" and bool(subject.can("mask"))
-    recurrent = subject.convention.cache == "cache_params"  # a state has no past keys: its mask covers new tokens only
     whole = subject.logits(ids, mask=torch.ones_like(ids) if with_mask else None)
     parts: list[Tensor] = []
     starts: list[int] = []
     cache: Any = None
     start = 0
     for size in sizes:
-        seen = ids[:, start if recurrent else 0 : start + size]
-        mask = torch.ones_like(seen) if with_mask else None
+        mask = mask_for(subject, torch.ones_like(ids[:, : start + size]), size) if with_mask else None
         logits, cache = _step(subject, ctx, ids[:, start : start + size], cache, mask)
         parts.append(logits)
         starts.append(start)

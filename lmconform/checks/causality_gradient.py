@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lmconform.cases import Choice, Span
+from lmconform.checks.positions import SUBSET, states
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def check_gradient(subject: Specimen, ctx: Context) -> None:
             hint="token s > t takes part in computing logits[t]: a soft or missing causal mask, or a layer that mixes "
             "over time (a norm over the sequence, a convolution padded on both sides)",
         )
+        if chosen := next((name for name in SUBSET if states(subject.config, name)), None):
+            ctx.note(f"whether every earlier token is felt was not asked: attention chooses among them ({chosen})")
+            continue
         field = torch.ones_like(table, dtype=torch.bool).tril()
         if subject.window is not None:
             field &= torch.ones_like(field).triu(1 - subject.window)

@@ -65,6 +65,10 @@ def check_knobs(subject: Specimen, ctx: Context) -> None:
     build = _rebuilder(subject, ctx)
     base = _Axes(subject, build({}), ctx)
     knobs = [knob for knob in _knobs(subject.config) if knob.axis != "cache" or subject.can("cache")]
+    whole = getattr(subject.module, "config", None)
+    if whole is not subject.config and isinstance(tied := _value(whole or {}, "tie_word_embeddings"), bool):
+        # a composite's own field decides, whatever its text part says
+        knobs = [Knob(knob.field, not tied, knob.axis) if knob.axis == "ties" else knob for knob in knobs]
     if ctx.profile == "thorough":
         known = {knob.field for knob in knobs}
         knobs += [knob for knob in _others(subject.config) if knob.field not in known]

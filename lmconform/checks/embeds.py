@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmconform.cases import Choice, Span
+from lmconform.checks.padding import mask_for
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def check_equal(subject: Specimen, ctx: Context) -> None:
             # two prefixes, not one cache twice: a Cache object is changed by the first call
             before = None if given is None else given[:, :past]
             caches = [subject.forward(ids[:, :past], mask=before, use_cache=True).cache for _ in range(2)]
-            if given is not None and subject.convention.cache == "cache_params":
-                given = given[:, past:]  # a recurrent state has no past keys: its mask covers new tokens only
+            given = None if given is None else mask_for(subject, given, rest.shape[1])
             by_ids = subject.logits(rest, mask=given, cache=caches[0], use_cache=True)
             by_embeds = subject.logits(embeds=embeds, mask=given, cache=caches[1], use_cache=True)
         if given is not None:  # what comes out at padding means nothing

@@ -53,6 +53,9 @@ def check_correct(subject: Specimen, ctx: Context) -> None:
         grads = {name: grad for name, grad in left.items() if grad is not None}
         parameters = {name: p for name, p in wide.module.named_parameters() if name in grads}
         directions = {name: direction(p, ctx, index) for index, (name, p) in enumerate(parameters.items())}
+        for name, row in padding_rows(wide.module).items():
+            if name in directions:
+                directions[name][row] = 0
         originals = {name: p.detach().clone() for name, p in parameters.items()}
 
         def value(names: list[str], step: float) -> float:
@@ -146,6 +149,17 @@ def direction(parameter: Tensor, ctx: Context, index: int) -> Tensor:
     drawn = torch.randn(parameter.shape, generator=ctx.generator(23, index), dtype=torch.float64)
     size = float(parameter.detach().double().square().mean().sqrt()) or 0.1
     return (drawn * size).to(parameter)
+
+
+def padding_rows(module: nn.Module) -> dict[str, int]:
+    """Of each table with a padding row, that row: nn.Embedding gives it no gradient, which is what it is for."""
+    from torch import nn
+
+    return {
+        f"{name}.weight" if name else "weight": part.padding_idx
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None
+    }
 
 
 def surest_difference(value: Callable[[float], float], noise: float, scale: float) -> tuple[float, float]:

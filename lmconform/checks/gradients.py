@@ -147,6 +147,11 @@ def check_magnitude(subject: Specimen, ctx: Context) -> None:
     if not all(owners):
         ctx.not_applicable(f"not every block of {prefix} has trainable parameters")
     grads = dict(zip(map(id, parameters), torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
+    if all(grad is None for grad in grads.values()):
+        ctx.not_applicable(
+            f"no parameter of {prefix} is on the way from the logits back: a tower of another modality, or a backward "
+            "pass of its own; gradients.reach tells whether that is right"
+        )
     norms = []
     for owner in owners:
         squares = [float(g.double().square().sum()) for p in owner if (g := grads[id(p)]) is not None]

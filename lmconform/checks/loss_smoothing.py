@@ -33,8 +33,8 @@ def check_smoothing(subject: Specimen, ctx: Context) -> None:
 
     Compared in value and in gradient, with every label, with -100 scattered, and with logits so large that a logarithm
     of a softmax saturates. The other definition in use, e / (vocab - 1) on the other tokens, is accepted and noted.
-    Where the smoothing is not stated it is fitted to one batch and must explain the others. Source: Szegedy et al. 2016,
-    section 7; Vaswani et al. 2017, section 5.4.
+    Where the smoothing is not stated it is fitted to one batch and must explain the others. Source: Szegedy et al.
+    2016, section 7; Vaswani et al. 2017, section 5.4.
     """
     recipe = subject.recipe
     recipe.need("loss")
@@ -122,38 +122,41 @@ def _definition(ctx: Context, subject: Specimen, recipe: Recipe) -> tuple[float,
     """
     assert recipe.loss is not None
     logits, labels = _inputs(subject, ctx, "all")
-    second, its_labels = _inputs(subject, ctx, "another")
     value = float(_value(ctx, recipe.loss, logits, labels)[0].detach())
-    its_value = float(_value(ctx, recipe.loss, second, its_labels)[0].detach())
-    for shifted in (True, False):
-        for spread in ("all", "others"):
-            if recipe.label_smoothing is not None:
-                fitted = recipe.label_smoothing
-            else:
-                plain = float(smoothed(logits, labels, 0.0, spread, shifted))
-                whole = float(smoothed(logits, labels, 1.0, spread, shifted))
-                fitted = (value - plain) / (whole - plain)
-            close = (
-                abs(float(smoothed(logits, labels, fitted, spread, shifted)) - value) <= _bound(logits)
-                # a fitted figure is as exact as the batch it comes from
-                and abs(float(smoothed(second, its_labels, fitted, spread, shifted)) - its_value) <= 4 * _bound(second)
-            )
-            if close and recipe.label_smoothing is not None:
-                return fitted, spread, shifted
-            if close and abs(fitted) < 1e-5:
-                ctx.not_applicable("the recipe states no label_smoothing, and its loss does none")
-            if close and 0 < fitted < 1:
-                rounded = round(fitted, 4)
-                near = abs(float(smoothed(logits, labels, rounded, spread, shifted)) - value) <= _bound(logits)
-                return (rounded if near else fitted), spread, shifted
-    if recipe.label_smoothing is None:
-        ctx.not_applicable("the recipe states no label_smoothing, and its loss is no smoothed cross-entropy")
-    assert recipe.label_smoothing is not None
-    # which of the two shifts comes nearer decides what the message compares with
-    nearest = min(
-        (True, False), key=lambda shifted: abs(float(smoothed(logits, labels, 0.0, "all", shifted)) - value)
-    )
-    return recipe.label_smoothing, "all", nearest
+
+    def explains(smoothing: float, spread: str, shifted: bool) -> bool:
+        return abs(float(smoothed(logits, labels, smoothing, spread, shifted)) - value) <= _bound(logits)
+
+    forms = [(spread, shifted) for shifted in (True, False) for spread in ("all", "others")]
+    for spread, shifted in forms:
+        if recipe.label_smoothing is not None and explains(recipe.label_smoothing, spread, shifted):
+            return recipe.label_smoothing, spread, shifted
+    if recipe.label_smoothing is not None:
+        # which of the two shifts comes nearer decides what the message compares with
+        nearest = min(
+            (True, False), key=lambda shifted: abs(float(smoothed(logits, labels, 0.0, "all", shifted)) - value)
+        )
+        return recipe.label_smoothing, "all", nearest
+    if explains(0.0, "all", True) or explains(0.0, "all", False):
+        ctx.not_applicable("the recipe states no label_smoothing, and its loss does none")
+    for spread, shifted in forms:
+        fitted = _fitted(subject, ctx, recipe.loss, spread, shifted)
+        if 0 < fitted < 1 and explains(fitted, spread, shifted):
+            return fitted, spread, shifted
+    ctx.not_applicable("the recipe states no label_smoothing, and its loss is no smoothed cross-entropy")
+    raise AssertionError("unreachable")
+
+
+def _fitted(subject: Specimen, ctx: Context, loss: Loss, spread: str, shifted: bool) -> float:
+    """The smoothing that explains a batch of likely labels, on which it tells; to four decimals, as it is written."""
+    logits, _ = _inputs(subject, ctx, "likely")
+    labels = logits.argmax(-1)
+    if shifted:
+        labels = labels.roll(1, dims=1)
+    value = float(_value(ctx, loss, logits, labels)[0].detach())
+    plain = float(smoothed(logits, labels, 0.0, spread, shifted))
+    whole = float(smoothed(logits, labels, 1.0, spread, shifted))
+    return round((value - plain) / (whole - plain), 4)
 
 
 def _bound(logits: Tensor) -> float:
@@ -163,7 +166,13 @@ def _bound(logits: Tensor) -> float:
 
 
 def _check_gradient(
-    ctx: Context, actual: Tensor, given: Tensor, logits: Tensor, labels: Tensor, form: tuple[float, str, bool], kind: str
+    ctx: Context,
+    actual: Tensor,
+    given: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    form: tuple[float, str, bool],
+    kind: str,
 ) -> None:
     import torch
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")
-RECURRENT = ("cache_params", "state")  # a state without a time axis: padding is over once it is in the state
+OF_NEW_TOKENS = ("cache_params", "state", "mems")  # no mask reaches a recurrent state or XLNet's memories any more
 FILL = Choice("pad", "random")
 
 
@@ -141,7 +141,8 @@ def padding_hint(
     if positioned:
         return (
             "padding is masked, but positions count it although position_ids were passed: look for code that uses "
-            "torch.arange(time), or a bias by column, in place of position_ids"
+            "torch.arange(time), or a bias by column, in place of position_ids; or padding is set to zero in place of "
+            "being masked, and still takes its share of the softmax"
         )
     return (
         "padding is masked, but positions count it: derive them from attention_mask.cumsum(-1) - 1 instead of "
@@ -342,5 +343,5 @@ def decode(subject: Specimen, ctx: Context, ids: Tensor, mask: Tensor | None, pr
 
 
 def mask_for(subject: Specimen, mask: Tensor, time: int) -> Tensor:
-    """The mask as the model takes it: over past and new tokens, over the new ones alone beside a recurrent state."""
-    return mask[:, -time:] if subject.convention.cache in RECURRENT else mask
+    """The mask as the model takes it: over past and new tokens, over the new ones alone beside a state or memories."""
+    return mask[:, -time:] if subject.convention.cache in OF_NEW_TOKENS else mask

@@ -346,9 +346,13 @@ def check_defaults(subject: Specimen, ctx: Context) -> None:
     for case in ctx.cases():
         ids = ctx.ids(1, subject.longest(case.time))
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        first = subject.first_position
         ctx.equal(
             subject.logits(ids, positions=positions),
             subject.logits(ids),
             "logits with position_ids 0..T-1 passed differ from logits without",
-            hint="the default positions do not start at 0 or do not count by 1, or given ones take another path",
+            hint=f"the default positions start at {first}, behind a row for padding: whoever counts from 0, as "
+            "generate() does, reads other rows of the table"
+            if first
+            else "the default positions do not start at 0 or do not count by 1, or given ones take another path",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from lmconform import structure
 from lmconform.conventions import first_line
 from lmconform.encoding import Encoder, EncodingError, as_ids
 from lmconform.registry import register_check
@@ -45,9 +44,9 @@ def check_flags(subject: Specimen, ctx: Context) -> None:
     A cache of encodings keyed by the text alone answers the second call with the first one's ids. Source: the reports
     of a model that stopped at once because its prompt was encoded with the end token in spite of the flag.
     """
-    encoder = _encoder(subject, ctx)
+    encoder = encoder_of(subject, ctx)
     specials = set(encoder.specials().values()) - {encoder.special("unk")}
-    plain = _asked(ctx, encoder, FRESH[0], False) if encoder.takes_add else _asked(ctx, encoder, FRESH[0], None)
+    plain = ids_of(ctx, encoder, FRESH[0], False) if encoder.takes_add else ids_of(ctx, encoder, FRESH[0], None)
     found = sorted(specials & set(plain))
     if found and not encoder.takes_add:
         ctx.fail(
@@ -74,10 +73,11 @@ def check_flags(subject: Specimen, ctx: Context) -> None:
 
 def _check_order(ctx: Context, encoder: Encoder, specials: set[int]) -> None:
     hint = (
-        "a cache (lru_cache, a dict) is keyed by the text alone: put every argument that changes the result into the key"
+        "a cache (lru_cache, a dict) is keyed by the text alone: put every argument that changes the result into the "
+        "key"
     )
-    _asked(ctx, encoder, FRESH[1], True)
-    after = _asked(ctx, encoder, FRESH[1], False)
+    ids_of(ctx, encoder, FRESH[1], True)
+    after = ids_of(ctx, encoder, FRESH[1], False)
     if stale := sorted(specials & set(after)):
         ctx.fail(
             "add_special_tokens=False is ignored on the second call: the first call's special tokens come back "
@@ -85,9 +85,9 @@ def _check_order(ctx: Context, encoder: Encoder, specials: set[int]) -> None:
             where=f"{FRESH[1]!r} with True, then with False = {after}",
             hint=hint,
         )
-    _asked(ctx, encoder, FRESH[2], False)
-    late = _asked(ctx, encoder, FRESH[2], True)
-    first = _asked(ctx, encoder, FRESH[3], True)
+    ids_of(ctx, encoder, FRESH[2], False)
+    late = ids_of(ctx, encoder, FRESH[2], True)
+    first = ids_of(ctx, encoder, FRESH[3], True)
     shape = [token for token in first if token in specials], [token for token in late if token in specials]
     if shape[0] != shape[1]:
         ctx.fail(
@@ -118,7 +118,7 @@ def _check_same_twice(ctx: Context, encoder: Encoder) -> None:
 
 
 def _check_skip(ctx: Context, encoder: Encoder) -> None:
-    ids = _asked(ctx, encoder, FRESH[0], False if encoder.takes_add else None)
+    ids = ids_of(ctx, encoder, FRESH[0], False if encoder.takes_add else None)
     ends = [token for role in ("bos", "eos", "pad") if (token := encoder.special(role)) is not None]
     if not ends:
         ctx.note("it has no special tokens to skip")
@@ -127,12 +127,12 @@ def _check_skip(ctx: Context, encoder: Encoder) -> None:
     if not encoder.takes_skip:
         ctx.note(f"{encoder.name}.decode() takes no skip_special_tokens")
         return
-    kept, bare = encoder.decode(dressed, False), encoder.decode(ids, False)
+    kept, bare = text_of(ctx, encoder, dressed, False), text_of(ctx, encoder, ids, False)
     for turn in ("on the first call", "on the second call", "after a call with False"):
         if turn == "after a call with False":
-            encoder.decode(dressed, False)
-        skipped = encoder.decode(dressed, True)
-        if skipped.split() != encoder.decode(ids, True).split():
+            text_of(ctx, encoder, dressed, False)
+        skipped = text_of(ctx, encoder, dressed, True)
+        if skipped.split() != text_of(ctx, encoder, ids, True).split():
             ctx.fail(
                 f"skip_special_tokens=True leaves special tokens in the text {turn}",
                 where=f"decode({dressed}, skip_special_tokens=True) = {skipped!r}",
@@ -140,7 +140,7 @@ def _check_skip(ctx: Context, encoder: Encoder) -> None:
                 if turn == "on the first call"
                 else "a cache is keyed without the flag",
             )
-    if kept.split() == bare.split() or encoder.decode(dressed, False) != kept:
+    if kept.split() == bare.split() or text_of(ctx, encoder, dressed, False) != kept:
         ctx.fail(
             "skip_special_tokens=False drops the special tokens all the same"
             if kept.split() == bare.split()
@@ -166,19 +166,19 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
     A byte-level tokenizer promises every text back exactly. Others may lose white space and, if they lower-case, the
     case; a letter that is no unknown token is lost by none.
     """
-    encoder = _encoder(subject, ctx)
+    encoder = encoder_of(subject, ctx)
     if not encoder.can_decode:
         ctx.not_applicable(f"{encoder.name} has no decode()")
     unknown, exact = encoder.special("unk"), _byte_level(subject.tokenizer)
     without = False if encoder.takes_add else None
-    seen, texts = 0, (*TEXTS, _of_its_own_words(encoder))
+    seen, texts = 0, (*TEXTS, _of_its_own_words(ctx, encoder))
     for text in texts:
-        ids = _asked(ctx, encoder, text, without)
+        ids = ids_of(ctx, encoder, text, without)
         if unknown is not None and unknown in ids and not exact:
             kept = " ".join(word for word in text.split() if unknown not in encoder.encode(word, without))
             if not kept:
                 continue
-            text, ids = kept, _asked(ctx, encoder, kept, without)
+            text, ids = kept, ids_of(ctx, encoder, kept, without)
             if unknown in ids:
                 continue
         seen += 1
@@ -190,18 +190,16 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
     _check_batch(subject, ctx, encoder)
 
 
-def _of_its_own_words(encoder: Encoder) -> str:
+def _of_its_own_words(ctx: Context, encoder: Encoder) -> str:
     """A text of words of the vocabulary, for one so small that it knows no other."""
     words = sorted(word for word in encoder.vocabulary() if word.isascii() and word.isalnum())
     ids = [encoder.vocabulary()[word] for word in words[:: max(1, len(words) // 40)]]
-    return encoder.decode(ids) if ids else TEXTS[0]
+    return text_of(ctx, encoder, ids) if ids else TEXTS[0]
 
 
-def _check_text(
-    ctx: Context, encoder: Encoder, text: str, ids: list[int], exact: bool, without: bool | None
-) -> None:
-    back = encoder.decode(ids, True if encoder.takes_skip else None)
-    where = f"{_cut(text)} comes back as {_cut(back)}"
+def _check_text(ctx: Context, encoder: Encoder, text: str, ids: list[int], exact: bool, without: bool | None) -> None:
+    back = text_of(ctx, encoder, ids, True if encoder.takes_skip else None)
+    where = f"{shortened(text)} comes back as {shortened(back)}"
     if back == text:
         return
     stated = _normalised(encoder.tokenizer, text)
@@ -226,7 +224,7 @@ def _check_text(
             hint="no token is unknown, so nothing may be lost: look for a table from id to token that is off by one or "
             "built from another vocabulary, a truncation, and pieces joined with the wrong separator",
         )
-    again = _asked(ctx, encoder, back, without)
+    again = ids_of(ctx, encoder, back, without)
     if again != ids:
         ctx.fail(
             "encode(decode(ids)) gives other ids, though no token is unknown",
@@ -236,7 +234,7 @@ def _check_text(
 
 
 def _check_batch(subject: Specimen, ctx: Context, encoder: Encoder) -> None:
-    """One at a time and as a batch; through the wrapper, the library underneath, and a slow class where there is one."""
+    """One at a time and as a batch; the wrapper and the library inside it; a slow class where there is one."""
     tokenizer = subject.tokenizer
     texts = list(TEXTS[:3])
     alone = [encoder.encode(text) for text in texts]
@@ -268,166 +266,30 @@ def _check_batch(subject: Specimen, ctx: Context, encoder: Encoder) -> None:
         if fast != other:
             ctx.fail(
                 f"fast and slow tokenizer differ: {_first_ids(fast, other)}",
-                where=f"{_cut(text)}, {type(tokenizer).__name__} and {slow.__name__}",
+                where=f"{shortened(text)}, {type(tokenizer).__name__} and {slow.__name__}",
                 hint="the conversion lost a normaliser, a pre-tokenizer or an added token",
             )
-
-
-@register_check(
-    "tokenizer.specials",
-    holds="one BOS, special tokens are known by their ids, and the model's end token is the tokenizer's",
-    needs=("tok",),
-    requires=(),
-    profile="smoke",
-)
-def check_specials(subject: Specimen, ctx: Context) -> None:
-    """Twice the same start token shifts every position of a model that was trained with one.
-
-    Source: llama.cpp and vLLM both warn of a doubled BOS; a config whose eos_token_id is not the tokenizer's never
-    stops.
-    """
-    encoder = _encoder(subject, ctx)
-    specials = encoder.specials()
-    bos, eos = specials.get("bos"), specials.get("eos")
-    for text in (FRESH[0], TEXTS[1], ""):
-        ids = _asked(ctx, encoder, text, None)
-        if bos is not None and bos != eos and ids.count(bos) > 1:
-            ctx.fail(
-                f"a text is encoded with {ids.count(bos)} start tokens (BOS, {bos}), expected one at most",
-                where=f"encode({_cut(text)}) = {_cut(ids)}",
-                hint="the post-processor adds BOS and so does the code around it (add_bos_token, a template, "
-                "encode() itself): leave one",
-            )
-        if eos is not None and eos != bos and ids.count(eos) > 1:
-            ctx.fail(
-                f"a text is encoded with {ids.count(eos)} end tokens (EOS, {eos}), expected one at most",
-                where=f"encode({_cut(text)}) = {_cut(ids)}",
-                hint="the post-processor adds EOS and so does the code around it: leave one",
-            )
-    _check_template(ctx, encoder, bos)
-    vocabulary = encoder.vocabulary()
-    for role, token in specials.items():
-        spelt = getattr(subject.tokenizer, f"{role}_token", None)
-        if isinstance(spelt, str) and spelt in vocabulary and vocabulary[spelt] != token:
-            ctx.fail(
-                f"{role}_token_id is {token}, but {spelt!r} has id {vocabulary[spelt]}",
-                where=role,
-                hint="the vocabulary was rebuilt or sorted anew after the special ids had been fixed",
-            )
-    if (unk := specials.get("unk")) is not None and unk in (specials.get("pad"), None) and unk not in (bos, eos):
-        ctx.note(f"unknown words and padding share token {unk}: masking the padding masks unknown words too")
-    _check_stated(subject, ctx, encoder, specials)
-
-
-def _check_template(ctx: Context, encoder: Encoder, bos: int | None) -> None:
-    """A chat template that writes BOS, encoded with the default flags, gives two: documented, so only noted."""
-    if bos is None or not getattr(encoder.tokenizer, "chat_template", None):
-        return
-    try:
-        text = encoder.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
-    except Exception as error:
-        ctx.note(f"its chat template raises {type(error).__name__}: {first_line(error)}")
-        return
-    if encoder.encode(text).count(bos) > 1:
-        ctx.note("its chat template writes BOS itself: encode the rendered text with add_special_tokens=False")
-
-
-def _check_stated(subject: Specimen, ctx: Context, encoder: Encoder, specials: dict[str, int]) -> None:
-    config, generation = subject.config, getattr(subject.module, "generation_config", None)
-    for role in ("eos", "bos", "pad"):
-        stated: set[int] = set()
-        for holder in (config, generation):
-            value = getattr(holder, f"{role}_token_id", None)
-            stated |= {value} if isinstance(value, int) else set(value or ())
-        own = specials.get(role)
-        if not stated or own is None or own in stated:
-            continue
-        text = f"the model's config says {role}_token_id {sorted(stated)}, the tokenizer's is {own}"
-        if role == "eos":
-            ctx.fail(
-                text,
-                where=f"eos, {encoder.name}",
-                hint="generate() waits for a token that the model was never taught to end with: set "
-                "model.config.eos_token_id and model.generation_config.eos_token_id from the tokenizer",
-            )
-        ctx.note(text)
-
-
-@register_check(
-    "tokenizer.padding",
-    holds="padding has a token of its own: pad is not eos",
-    needs=("tok",),
-    requires=(),
-    profile="smoke",
-    severity="warning",
-)
-def check_padding(subject: Specimen, ctx: Context) -> None:
-    """Many released tokenizers have no pad token and tutorials set pad_token = eos_token.
-
-    That is harmless as long as nobody derives labels or a mask from the pad id; collapse.labels looks at the labels
-    themselves and fails where the end token is masked away.
-    """
-    encoder = _encoder(subject, ctx)
-    pad, eos = encoder.special("pad"), encoder.special("eos")
-    if pad is None:
-        ctx.not_applicable("it has no pad token")
-    if pad == eos:
-        ctx.fail(
-            f"padding and the end of text are one token ({pad})",
-            where="pad_token_id == eos_token_id",
-            hint="a collator that sets labels equal to pad to -100 (DataCollatorForLanguageModeling does) masks every "
-            "end away, and the model never learns to stop; give padding a token of its own, or mask by attention_mask",
-        )
-
-
-@register_check(
-    "tokenizer.bounds",
-    holds="every id that the tokenizer can give is below the model's vocabulary size",
-    needs=("tok",),
-    requires=(),
-    profile="smoke",
-)
-def check_bounds(subject: Specimen, ctx: Context) -> None:
-    """The whole vocabulary, the added tokens, and what encode() gives for texts of several scripts."""
-    encoder = _encoder(subject, ctx)
-    given: dict[int, str] = {token: f"{name!r}" for name, token in encoder.vocabulary().items()}
-    for role, token in encoder.specials().items():
-        given.setdefault(token, role)
-    for text in TEXTS:
-        for token in _asked(ctx, encoder, text, None):
-            given.setdefault(token, f"in {_cut(text)}")
-    beyond = sorted(token for token in given if not 0 <= token < subject.vocab_size)
-    if beyond:
-        worst = beyond[-1] if beyond[-1] >= 0 else beyond[0]
-        shown = ", ".join(f"{token} ({given[token]})" for token in [*beyond[:2], worst][: len(beyond)])
-        ctx.fail(
-            f"the tokenizer gives {len(beyond)} ids that the model has no embedding for: {shown}; the model has "
-            f"{subject.vocab_size}",
-            where=f"id {worst}",
-            measured=worst if worst >= 0 else None,
-            allowed=subject.vocab_size - 1 if worst >= 0 else None,
-            hint="tokens were added after the model was made: model.resize_token_embeddings(len(tokenizer)); or the "
-            "model was built with another tokenizer's vocab_size (vocab_size leaves added tokens out: use "
-            "len(tokenizer))",
-        )
-    rows = structure.stated(subject.module, ("vocab_size",)) or subject.vocab_size
-    if given and rows > 2 * (max(given) + 1) and rows > max(given) + 1024:
-        ctx.note(f"the model has {rows} tokens and the tokenizer uses {max(given) + 1} of them")
-    if given:
-        ctx.within(max(given), subject.vocab_size - 1, "the largest id", where="id")
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _encoder(subject: Specimen, ctx: Context) -> Encoder:
+def encoder_of(subject: Specimen, ctx: Context) -> Encoder:
     encoder = Encoder(subject.tokenizer)
     if not encoder.can_encode:
         ctx.not_applicable(f"{encoder.name} has no encode()")
     return encoder
 
 
-def _asked(ctx: Context, encoder: Encoder, text: str, add: bool | None) -> list[int]:
+def text_of(ctx: Context, encoder: Encoder, ids: list[int], skip: bool | None = None) -> str:
+    try:
+        return encoder.decode(ids, skip)
+    except EncodingError as error:
+        ctx.fail(str(error), hint="ids that encode() gives are unknown to decode(): the two tables do not agree")
+        raise AssertionError("unreachable") from error
+
+
+def ids_of(ctx: Context, encoder: Encoder, text: str, add: bool | None) -> list[int]:
     try:
         return encoder.encode(text, add)
     except EncodingError as error:
@@ -444,15 +306,15 @@ def _byte_level(tokenizer: Any) -> bool:
 def _normalised(tokenizer: Any, text: str) -> str:
     """The text as the tokenizer's own normaliser states it."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    normalizer = getattr(backend, "normalizer", None)
-    return str(normalizer.normalize_str(text)) if hasattr(normalizer, "normalize_str") else text
+    normalize = getattr(getattr(backend, "normalizer", None), "normalize_str", None)
+    return str(normalize(text)) if callable(normalize) else text
 
 
 def _packed(text: str) -> str:
     return "".join(text.replace("▁", " ").split())
 
 
-def _cut(value: Any) -> str:
+def shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,4 +1,4 @@
-"""training.schedule, training.optimizer, training.weight_decay: audits of a recipe that train nothing."""
+"""training.schedule: the effective rate, step by step, against the closed form. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
+from lmconform.checks.training_optimizer import made_optimizers
 from lmconform.conventions import first_line
 from lmconform.recipe import WORDS
 from lmconform.registry import register_check
 from lmconform.schedules import ClosedForm
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lmconform.context import Context
     from lmconform.recipe import Recipe
     from lmconform.specimen import Specimen
@@ -84,6 +83,7 @@ class Run:
             )
 
     def make(self, total: int) -> None:
+        self.unapplied: tuple[int, float, float] | None = None  # first step at which scheduler and optimizer disagree
         recipe, ctx = self.recipe, self.ctx
         if recipe.make_optimizer is not None:
             self.optimizer = made_optimizers(ctx, recipe, self.subject.copy().module)[0]
@@ -108,9 +108,12 @@ class Run:
 
     def rates(self, steps: int, interval: str) -> list[list[float]]:
         """The rate of each group [step][group], before each optimizer step."""
-        made = []
+        made, known = [], getattr(self.scheduler, "get_last_lr", None)
         for step in range(steps):
             made.append([rate_of(self.ctx, group) for group in self.optimizer.param_groups])
+            said = [float(rate) for rate in known()] if callable(known) else made[-1]
+            if self.unapplied is None and not _alike(said, made[-1], self.unit):
+                self.unapplied = step, said[0], made[-1][0]
             if interval == "epoch":
                 due = int((step + 1) % self.per_epoch == 0)
             else:
@@ -129,6 +132,10 @@ def rate_of(ctx: Context, group: dict[str, Any]) -> float:
     if group.get("lr") is None:
         ctx.not_applicable("the optimizer chooses its own rate (lr=None)")
     return float(group["lr"])
+
+
+def _alike(first: list[float], second: list[float], unit: float) -> bool:
+    return len(first) == len(second) and all(math.isclose(a, b, rel_tol=unit) for a, b in zip(first, second))
 
 
 def _parameters(function: Any) -> Any:
@@ -167,15 +174,14 @@ def _check_applied(ctx: Context, run: Run, rates: list[list[float]]) -> None:
         ctx.fail(f"the rate is {rates[step]}", where=f"optimizer step {step}", hint="the formula leaves its range")
     if not any(flat):
         ctx.fail("the rate is 0 in the whole run: nothing is learnt", hint="a factor in whole numbers, 1 // warmup?")
-    known = getattr(run.scheduler, "get_last_lr", None)
-    now = [float(group["lr"]) for group in run.optimizer.param_groups]
-    said = [float(rate) for rate in known()] if callable(known) else now
+    now = rates[-1]
     moving = len({row[run.largest] for row in rates}) > 1
-    if len(said) != len(now) or any(not math.isclose(a, b, rel_tol=run.unit) for a, b in zip(said, now)):
+    if run.unapplied is not None:
+        step, said, held = run.unapplied
         other = getattr(run.scheduler, "optimizer", run.optimizer) is not run.optimizer
         ctx.fail(
-            f"the scheduler's rate is not applied: it says {said[0]:.4g}, the optimizer has {now[0]:.4g}",
-            where=f"after {len(rates)} optimizer steps",
+            f"the scheduler's rate is not applied: it says {said:.4g}, the optimizer has {held:.4g}",
+            where=f"optimizer step {step}",
             hint="it was attached to another optimizer than the one that steps: build the scheduler last, on the final "
             "optimizer"
             if other
@@ -276,8 +282,8 @@ def _explain(
             if all(abs(candidate(step + origin) - rate) <= within for step, rate in enumerate(curve)):
                 return f": {what}", hint
     return "", (
-        "compare the two curves: the step at which the warm-up ends, the step at which the decay ends (optimizer steps, "
-        "not batches, not epochs), and the last value"
+        "compare the two curves: the step at which the warm-up ends, the step at which the decay ends (optimizer "
+        "steps, not batches, not epochs), and the last value"
     )
 
 
@@ -322,165 +328,3 @@ def _check_without_form(ctx: Context, recipe: Recipe, run: Run, curve: list[floa
             where=f"{steps} optimizer steps",
             hint="LambdaLR multiplies: a function that returns a rate (Noam's is one) wants an optimizer with lr=1",
         )
-
-
-# -- optimizer ---------------------------------------------------------------------------------------------------------
-
-
-@register_check(
-    "training.optimizer",
-    holds="the optimizer covers the live parameters once each; groups and decay as stated",
-    needs=("recipe",),
-    requires=(),
-    profile="smoke",
-)
-def check_optimizer(subject: Specimen, ctx: Context) -> None:
-    """Compared by identity with the parameters that the model has after make_optimizer(model) has returned.
-
-    A resize, a re-tied or replaced head, LoRA injection after the optimizer was made: the optimizer then updates
-    tensors that nobody reads, and the loss falls all the same.
-    """
-    recipe = subject.recipe
-    recipe.need("make_optimizer")
-    module = subject.copy().module
-    optimizers = made_optimizers(ctx, recipe, module)
-    live = {id(p): name for name, p in module.named_parameters()}
-    trainable = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
-    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    held_ids = [id(p) for p in held]
-    missing = [name for key, name in trainable.items() if key not in held_ids]
-    stale = [p for p in held if id(p) not in live]
-    if stale:
-        also = f", and {_list(missing)} {'is' if len(missing) == 1 else 'are'} not in it" if missing else ""
-        ctx.fail(
-            f"the optimizer holds {len(stale)} tensor{'s' if len(stale) > 1 else ''} that "
-            f"{'are' if len(stale) > 1 else 'is'} no parameter of the model "
-            f"(the first of shape {list(stale[0].shape)}){also}",
-            where=missing[0] if missing else "",
-            hint="the optimizer was made before the model got its final parameters (resize_token_embeddings, a new or "
-            "re-tied head, an adapter, a copy, another dtype): make it last",
-        )
-    if missing:
-        ctx.fail(
-            f"{len(missing)} trainable parameter{'s are' if len(missing) > 1 else ' is'} not in the optimizer: "
-            f"{_list(missing)}",
-            where=missing[0],
-            hint="the groups are picked by name or type and some fall through (a norm that is not nn.LayerNorm, a raw "
-            "nn.Parameter, a tied head); what is meant to stay fixed should have requires_grad=False",
-        )
-    twice = [live[key] for key in dict.fromkeys(held_ids) if held_ids.count(key) > 1]
-    if twice:
-        ctx.fail(
-            f"{_list(twice)} {'is' if len(twice) == 1 else 'are'} in the optimizer more than once, and updated as often",
-            where=twice[0],
-            hint="a tied weight has two names (use named_parameters() as it is, without remove_duplicate=False), or "
-            "two optimizers share it",
-        )
-    frozen = [live[id(p)] for p in held if not p.requires_grad]
-    if frozen:
-        ctx.note(f"{len(frozen)} frozen parameters are in the optimizer ({_list(frozen)}): they take no update")
-    _check_stated_decay(ctx, recipe, optimizers, live)
-
-
-def made_optimizers(ctx: Context, recipe: Recipe, module: nn.Module) -> list[Any]:
-    """What make_optimizer gives. Violation where it raises."""
-    import torch
-
-    module.train()
-    try:
-        with torch.enable_grad():
-            return list(recipe.optimizers(module))
-    except TypeError as error:
-        if "param_groups" in str(error):
-            ctx.not_applicable(str(error))
-        ctx.fail(f"make_optimizer(model) raised TypeError: {first_line(error)}")
-    except ValueError as error:
-        duplicate = "more than one parameter group" in str(error)
-        ctx.fail(
-            f"make_optimizer(model) raised ValueError: {first_line(error)}",
-            hint="a tied weight, or one that two rules match, is in two groups" if duplicate else "",
-        )
-    raise AssertionError("unreachable")
-
-
-def _check_stated_decay(ctx: Context, recipe: Recipe, optimizers: list[Any], live: dict[int, str]) -> None:
-    stated = recipe.weight_decay
-    decays = [
-        (live[id(p)], p, float(group.get("weight_decay") or 0))
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-    if stated is not None:
-        wrong = [(name, decay) for name, _, decay in decays if decay not in (0.0, float(stated))]
-        if wrong or (stated and not any(decay for _, _, decay in decays)):
-            name, decay = wrong[0] if wrong else (decays[0][0], 0.0)
-            ctx.fail(
-                f"the recipe states a weight decay of {stated:g}, and {name} gets {decay:g}",
-                measured=decay,
-                allowed=float(stated),
-                where=name,
-                hint="the decay is not passed on (AdamW's default is 0.01, Adam's 0), or a group overrides it",
-            )
-    if recipe.no_decay is None:
-        return
-    for name, parameter, decay in decays:
-        wanted = recipe.decays(name, parameter)
-        if wanted is False and decay:
-            ctx.fail(
-                f"{name} is decayed by {decay:g}, though the recipe states that it is not",
-                where=name,
-                hint="the names in the no-decay list are another model's (LayerNorm.weight, ln_f, norm.weight): select "
-                "by p.dim() >= 2 instead",
-            )
-        if wanted and not decay and stated:
-            ctx.fail(f"{name} is not decayed, though the recipe states that it is", where=name)
-
-
-@register_check(
-    "training.weight_decay",
-    holds="biases and normalisation scales are not decayed, unless the recipe states what is",
-    needs=("recipe",),
-    requires=(),
-    profile="smoke",
-    severity="warning",
-)
-def check_weight_decay(subject: Specimen, ctx: Context) -> None:
-    """A convention, not a law: GPT-2, GPT-3, LLaMA's successors and transformers' Trainer leave them out.
-
-    AdamW(model.parameters(), weight_decay=...) decays all. Where the recipe states `no_decay`, training.optimizer
-    compares with that, and this has nothing to say.
-    """
-    recipe = subject.recipe
-    recipe.need("make_optimizer")
-    if recipe.no_decay is not None:
-        ctx.not_applicable("the recipe states what is left out of the decay (no_decay); see training.optimizer")
-    module = subject.copy().module
-    optimizers = made_optimizers(ctx, recipe, module)
-    small = {id(p): name for name, p in module.named_parameters() if p.dim() < 2 and not _raw(module, name)}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups if group.get("weight_decay")]
-    if not groups:
-        ctx.not_applicable("nothing is decayed")
-    decayed = [small[id(p)] for group in groups for p in group["params"] if id(p) in small]
-    if decayed:
-        ctx.fail(
-            f"weight decay {groups[0]['weight_decay']:g} is applied to {len(decayed)} biases and normalisation scales "
-            f"({_list(decayed)})",
-            where=decayed[0],
-            hint="put parameters with p.dim() < 2 into a group with weight_decay=0; if it is meant, say so: "
-            "Recipe(no_decay=())",
-        )
-    for optimizer in optimizers:
-        if type(optimizer).__name__ == "Adam" and not optimizer.defaults.get("decoupled_weight_decay"):
-            ctx.note("Adam adds the decay to the gradient (L2), which its scaling then undoes: AdamW is meant for it")
-
-
-def _raw(module: nn.Module, name: str) -> bool:
-    """Whether that parameter is neither a bias nor a norm's: a decay rate, a gate, a scale of its own."""
-    owner, _, leaf = name.rpartition(".")
-    part = module.get_submodule(owner)
-    return leaf != "bias" and not (leaf == "weight" and "norm" in f"{type(part).__name__} {owner}".lower())
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
-from lmconform.checks.training_recipe import made_optimizers
+from lmconform.checks.training_optimizer import made_optimizers
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 from lmconform.saving import poison, pretrained, quiet_transformers
@@ -53,6 +53,8 @@ def check_resume(subject: Specimen, ctx: Context) -> None:
         resumed.load(folder, saved)
         after_load = resumed.snapshot()
         resumed.run(CUT, STEPS)
+    if any(loss != loss for loss in whole.losses):
+        ctx.not_applicable("the loss is NaN within six steps of this recipe")
     if not _same(whole, resumed):
         what, hint = _lost(at_cut, after_load)
         again = Training(subject, ctx, recipe, batches, subject.as_loaded().copy())
@@ -71,6 +73,7 @@ class Snapshot:
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Any]]  # parameter, then the optimizer's own names
     rates: list[float]
+    schedule: Any  # how far the scheduler is, as it tells
     randomness: Tensor
 
 
@@ -189,7 +192,8 @@ class Training:
         }
         weights = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
         rates = [float(group["lr"] or 0) for optimizer in self.optimizers for group in optimizer.param_groups]
-        return Snapshot(weights, moments, rates, torch.get_rng_state())
+        schedule = getattr(self.scheduler, "last_epoch", None)
+        return Snapshot(weights, moments, rates, schedule, torch.get_rng_state())
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
@@ -207,7 +211,7 @@ def _batches(subject: Specimen, ctx: Context, recipe: Recipe) -> list[Batch]:
     for batch in recipe.read(STEPS):
         labels = None if batch.labels is None else batch.labels[:ROWS, :time]
         ids, mask = batch.ids[:ROWS, :time], None if batch.mask is None else batch.mask[:ROWS, :time]
-        legal = ids.numel() > 0 and 0 <= int(ids.min()) and int(ids.max()) < subject.vocab_size
+        legal = ids.numel() > 0 and int(ids.min()) >= 0 and int(ids.max()) < subject.vocab_size
         if labels is None or not legal or int(labels.max()) < 0 or ids.shape[1] < 2:
             ctx.note("the recipe's batches cannot be used (no labels, or ids outside the vocabulary): drawn by rule")
             return drawn
@@ -289,12 +293,17 @@ def _lost(at_cut: Snapshot, after_load: Snapshot) -> tuple[str, str]:
             f": the rate is {after_load.rates[0]:.4g} after resuming, {at_cut.rates[0]:.4g} before",
             "save the scheduler's state and load it after the optimizer's: a schedule that starts again warms up again",
         )
+    if at_cut.schedule != after_load.schedule:
+        return (
+            f": the schedule is at step {after_load.schedule} after resuming, at {at_cut.schedule} before",
+            "save the scheduler's state and load it too: a schedule that starts again warms up again",
+        )
     if not torch.equal(at_cut.randomness, after_load.randomness):
         return ": the random state is not restored", f"dropout draws other masks: {SAVING}"
     return (
         "",
-        "weights, moments, rate and random state are restored, so something outside them decides: moments kept as plain "
-        "attributes of the optimizer, a counter in the model or in the scheduler that no state_dict holds",
+        "weights, moments, rate and random state are restored, so something outside them decides: moments kept as "
+        "plain attributes of the optimizer, a counter in the model or in the scheduler that no state_dict holds",
     )
 
 
@@ -346,12 +355,10 @@ def _trained(
     scheduler = recipe.make_scheduler(optimizer, recipe.steps() or 100) if recipe.make_scheduler is not None else None
     arguments = TrainingArguments(
         output_dir=folder, max_steps=STEPS, save_steps=CUT, save_strategy="steps", per_device_train_batch_size=ROWS,
-        report_to=[], disable_tqdm=True, logging_strategy="no", seed=specimen.seed + 1,
+        report_to=[], disable_tqdm=True, logging_strategy="no", seed=ctx.seed + 1,
         use_cpu=specimen.device.type == "cpu", max_grad_norm=recipe.clipping or 0.0,
     )  # fmt: skip
-    trainer = Trainer(
-        model=module, args=arguments, train_dataset=rows, optimizers=(optimizer, scheduler)  # type: ignore[arg-type]
-    )
+    trainer = Trainer(model=module, args=arguments, train_dataset=rows, optimizers=(optimizer, scheduler))
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}

@@ -27,9 +27,13 @@ def split_layers(module: nn.Module, devices: tuple[torch.device, ...]) -> nn.Mod
     return module
 
 
-@functools.cache
+_moving: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _elsewhere(kind: type[nn.Module]) -> type[nn.Module]:
     """`kind` with a forward() that runs where the weights are; a class, so that copies of a layer stay apart."""
+    if kind in _moving:
+        return _moving[kind]
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +47,8 @@ def _elsewhere(kind: type[nn.Module]) -> type[nn.Module]:
         return _restore, (kind,), self.__dict__
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {"forward": forward, "__reduce_ex__": reduce, **names})
+    _moving[kind] = type(kind.__name__, (kind,), {"forward": forward, "__reduce_ex__": reduce, **names})
+    return _moving[kind]
 
 
 def _restore(kind: type[nn.Module]) -> nn.Module:

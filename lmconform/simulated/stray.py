@@ -137,8 +137,8 @@ def _trace(
     for storage, derived in ((own, False), (mark.root if mark else None, True)):
         if storage is None or (derived and storage is own):
             continue
-        for root in roots:
-            found = _in_modules(root, storage)
+        for root, unlisted in [(root, unlisted) for root in roots for unlisted in (False, True)]:
+            found = _in_modules(root, storage, unlisted)
             if found:
                 return Stray(*found, str(place), derived), origin
         found = _in_globals(frames, storage)
@@ -150,11 +150,12 @@ def _trace(
     return variable, origin
 
 
-def _in_modules(root: nn.Module, storage: Any) -> tuple[str, str, str] | None:
+def _in_modules(root: nn.Module, storage: Any, unlisted: bool) -> tuple[str, str, str] | None:
+    """Name, kind and holder; `unlisted` looks into modules that stand in plain lists and dicts, too."""
     for path, module in root.named_modules():
         held = vars(module)
         for kind, name, value in _held(held):
-            for suffix, tensor in _walk(value, _DEPTH, set()):
+            for suffix, tensor in _walk(value, _DEPTH, set(), unlisted):
                 if holder(tensor) is storage:
                     dotted = f"{path}.{name}{suffix}" if path else f"{name}{suffix}"
                     return dotted, kind, type(module).__name__
@@ -171,11 +172,13 @@ def _held(attributes: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield "attribute", name, value
 
 
-def _walk(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _walk(value: Any, depth: int, seen: set[int], unlisted: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Tensors within a value, each with the rest of its name: ('[0]', t), ('.keys', t)."""
     if isinstance(value, Tensor):
         yield "", value
         return
+    if unlisted and isinstance(value, nn.Module):
+        yield from ((f".{name}", tensor) for name, tensor in (*value.named_parameters(), *value.named_buffers()))
     if depth == 0 or id(value) in seen or isinstance(value, (str, bytes, int, float, type, nn.Module)):
         return
     seen.add(id(value))
@@ -189,7 +192,7 @@ def _walk(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]
     else:
         return
     for name, item in items:
-        for suffix, tensor in _walk(item, depth - 1, seen):
+        for suffix, tensor in _walk(item, depth - 1, seen, unlisted):
             yield f"{name}{suffix}", tensor
 
 

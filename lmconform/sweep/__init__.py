@@ -3,9 +3,3 @@
 `members` trains them, `rates` reads the outcome, `corpus` makes the text, `command` and `plots` show it. Importing
 this imports neither torch nor a subject.
 """
-
-from __future__ import annotations
-
-
-
-

@@ -101,6 +101,8 @@ def train(
     labels: bool = False,
     sequential: bool = False,
     done_below: float | None = None,
+    one_is_enough: bool = False,
+    keep: bool = True,
     memory: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Training:
@@ -108,7 +110,8 @@ def train(
 
     A subject that cannot be built again starts every member from the weights it came with. With `labels` the model is
     given its labels too, as a Trainer would. A member whose loss diverges is stopped; one that was below `done_below`
-    for three steps has reached its end.
+    for three steps has reached its end; with `one_is_enough` the others end there too. Without `keep` no trained weights
+    are kept. Raises NothingToTrain where every parameter is frozen.
     """
     from lmconform.checks.gradients import without_dropout
 
@@ -120,7 +123,9 @@ def train(
     first = next(iter(starts.values()))
     made = Training(list(members), [[] for _ in members], [False] * len(members), "sequential")
     made.weights, made._starts = [{} for _ in members], starts
-    judge = _Judge(made, done_below)
+    if not any(weight.requires_grad for weight in first.module.parameters()):
+        raise NothingToTrain("no parameter requires a gradient: everything is frozen")
+    judge = _Judge(made, done_below, one_is_enough)
     example = batches(0, members[0].seed)
     if sequential:
         run, made.reason = None, "asked for"
@@ -130,16 +135,19 @@ def train(
         run, made.reason = vectorisable(subject, first, example, loss, labels)
     if run is None:
         for index in range(len(members)):
-            _one(made, index, batches, steps, loss, labels, judge)
+            if judge.over:
+                break
+            _one(made, index, batches, steps, loss, labels, judge, keep)
             progress((index + 1) * steps, len(members) * steps)
     else:
         made.mode = "vectorised"
         made.member_bytes = _member_bytes(first, example, loss, labels)
         made.chunk = max(1, min(len(members), (memory or _free(first)) // made.member_bytes))
         for low in range(0, len(members), made.chunk):
+            if judge.over:
+                break
             part = range(low, min(low + made.chunk, len(members)))
-            done = low * steps
-            _together(made, part, batches, steps, run, judge, lambda more, done=done: progress(done + more, len(members) * steps))  # type: ignore[misc] # fmt: skip
+            _together(made, part, batches, steps, run, judge, keep, progress)
     made.seconds = time.perf_counter() - started
     return made
 
@@ -147,9 +155,11 @@ def train(
 class _Judge:
     """Says, step by step, whether a member goes on."""
 
-    def __init__(self, made: Training, done_below: float | None) -> None:
+    def __init__(self, made: Training, done_below: float | None, one_is_enough: bool) -> None:
         self.made = made
         self.done_below = done_below
+        self.one_is_enough = one_is_enough
+        self.over = False
 
     def goes_on(self, index: int, loss: float) -> bool:
         losses = self.made.losses[index]
@@ -157,22 +167,23 @@ class _Judge:
         if not math.isfinite(loss) or (len(losses) > SETTLING and loss > DIVERGED * losses[0]):
             self.made.diverged[index] = True
             return False
-        return self.done_below is None or len(losses) < 3 or max(losses[-3:]) >= self.done_below
+        if self.done_below is None or len(losses) < 3 or max(losses[-3:]) >= self.done_below:
+            return True
+        self.over = self.one_is_enough
+        return False
 
 
 # -- one at a time -------------------------------------------------------------------------------------------------
 
 
 def _one(
-    made: Training, index: int, batches: Batches, steps: int, loss: Loss, labels: bool, judge: _Judge
+    made: Training, index: int, batches: Batches, steps: int, loss: Loss, labels: bool, judge: _Judge, keep: bool
 ) -> None:  # fmt: skip
     import torch
 
     member = made.members[index]
     copy = made._starts[member.seed].copy()
     named = {name: weight for name, weight in copy.module.named_parameters() if weight.requires_grad}
-    if not named:
-        raise NothingToTrain("no parameter requires a gradient: everything is frozen")
     optimizer = torch.optim.AdamW(named.values(), lr=member.rate)
     for step in range(steps):
         batch = batches(step, member.seed)
@@ -186,7 +197,8 @@ def _one(
         optimizer.step()
         if not going:
             break
-    made.weights[index] = {name: weight.detach() for name, weight in named.items()}
+    if keep:
+        made.weights[index] = {name: weight.detach() for name, weight in named.items()}
 
 
 def _logits(specimen: Specimen, batch: Batch, labels: bool) -> Tensor:
@@ -363,8 +375,8 @@ def _differing_state(start: Specimen, subject: Specimen) -> str:
 
 
 def _together(
-    made: Training, part: range, batches: Batches, steps: int, run: Vectorised, judge: _Judge,
-    progress: Callable[[int], None],
+    made: Training, part: range, batches: Batches, steps: int, run: Vectorised, judge: _Judge, keep: bool,
+    progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
     """Train the members of one chunk side by side."""
     import torch
@@ -376,8 +388,7 @@ def _together(
     optimizer = _Rows(flat, [made.members[index].rate for index in alive])
     run.specimen.module.train()
     for step in range(steps):
-        drawn = {made.members[index].seed: None for index in alive}
-        given = {seed: batches(step, seed) for seed in drawn}
+        given = {seed: batches(step, seed) for seed in {made.members[index].seed for index in alive}}
         shared = len({id(batch) for batch in given.values()}) == 1
         own = [given[made.members[index].seed] for index in alive]
         ids = own[0].ids if shared else torch.stack([batch.ids for batch in own])
@@ -387,17 +398,18 @@ def _together(
         going = [judge.goes_on(index, value) for index, value in zip(alive, values, strict=True)]
         torch.cat([gradient.reshape(len(alive), -1) for gradient in gradients], 1, out=optimizer.gradient)
         optimizer.step([not made.diverged[index] for index in alive])
-        ended = [place for place, on in enumerate(going) if not on or step == steps - 1]
-        for place in ended:
+        last = judge.over or step == steps - 1
+        ended = [place for place, on in enumerate(going) if last or not on]
+        for place in ended if keep else ():
             views = _views(optimizer.flat[place : place + 1].clone(), names, shapes)
             made.weights[alive[place]] = {name: view[0] for name, view in views.items()}
         if ended:
-            kept = [place for place, on in enumerate(going) if on]
+            kept = [place for place in range(len(alive)) if place not in ended]
             alive = [alive[place] for place in kept]
             if not alive:
                 break
             optimizer.keep(kept)
-        progress((step + 1) * len(part))
+        progress(part.start * steps + (step + 1) * len(part), len(made.members) * steps)
 
 
 def _row(module: nn.Module, names: Sequence[str]) -> Tensor:

@@ -19,6 +19,6 @@ def _pages() -> dict[str, str]:
     return {name: page() for name, page in module.PAGES.items()}
 
 
-@pytest.mark.parametrize("name", ["checks.md"])
+@pytest.mark.parametrize("name", ["checks.md", "findings.md"])
 def test_page_is_current(name: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == _pages()[name]

@@ -199,16 +199,12 @@ def test_a_schedule_that_is_meant_per_epoch_is_left_alone() -> None:
 
 
 def test_the_rate_is_compared_with_the_recipe() -> None:
-    def half(step: int) -> float:
+    def half(step: float) -> float:
         return 0.5
 
-    assert causes(loop(small(), monitors.EffectiveRateMonitor(schedule=half, learning_rate=3e-3), 40)) == [
-        "lr.not_applied"
-    ]
-    assert causes(loop(small(), monitors.EffectiveRateMonitor(schedule=half, learning_rate=0.1), 40)) == [
-        "lr.too_small"
-    ]
-    assert causes(loop(small(), monitors.EffectiveRateMonitor(schedule=half, learning_rate=6e-3), 40)) == []
+    for rate, expected in ((3e-3, ["lr.not_applied"]), (0.1, ["lr.too_small"]), (1e-4, ["lr.too_large"]), (6e-3, [])):
+        recipe = Recipe(learning_rate=rate, schedule=half)
+        assert causes(loop(small(), monitors.EffectiveRateMonitor(recipe=recipe), 30)) == expected
     with pytest.raises(ValueError, match="give learning_rate"):
         monitors.EffectiveRateMonitor(schedule=half)
 

@@ -1,0 +1,311 @@
+"""placement: what a model uses lies where the model is, whatever device that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from lmconform.context import Hint
+from lmconform.conventions import first_line
+from lmconform.exercises import Course, Run, exercised, exercises, forward, probe, sound_here
+from lmconform.registry import register_check
+from lmconform.specimen import Specimen
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lmconform.context import Context
+    from lmconform.simulated import Origin, PlacementError, Stray
+
+COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
+
+UNREGISTERED = Hint(
+    "a plain attribute that holds a tensor is seen neither by .to(device) nor by state_dict(): assign it with "
+    "self.register_buffer(name, tensor, persistent=False); modules in a plain list or dict want nn.ModuleList",
+    "device.unregistered_tensor",
+)
+ON_DEFAULT = Hint(
+    "a tensor made without device= lies on the default device: write device=x.device, or make it from a tensor that is "
+    "there (x.new_ones, torch.ones_like)",
+    "device.created_on_default",
+)
+HARD_CODED = Hint(
+    "a device is written into the code (.cuda(), device='cuda', a self.device remembered from __init__): take it from "
+    "the input, x.device",
+    "device.hard_coded",
+)
+REPLACED = Hint(
+    "forward() assigns it anew, on the default device: make it in __init__, or with device=x.device",
+    "device.created_on_default",
+)
+BRANCHES = Hint(
+    "a line asks for the device (is_cuda, device.type, torch.cuda.is_available()) and computes something else there",
+    "device.hard_coded",
+)
+
+_courses: WeakKeyDictionary[Specimen, tuple[int, Course, list[Course]]] = WeakKeyDictionary()
+
+
+def courses(subject: Specimen, ctx: Context) -> tuple[Course, list[Course]]:
+    """The exercises on the CPU, and on every other place there is; made once for all checks here.
+
+    Pretended: cuda:1 of two devices, where neither the CPU nor cuda:0 is right. Within a session that pretends one
+    device only: cuda:0, and the CPU beside it.
+    """
+    known = _courses.get(subject)
+    if known is not None and known[0] == ctx.seed:
+        return known[1], known[2]
+    here = sound_here(subject, ctx)
+    tasks = {name: task for name, task in exercises(subject).items() if here.runs[name].error is None}
+    ids = probe(subject, ctx)
+    there = []
+    for device, context, pretended in _places():
+        with context:
+            copied = subject.copy()
+            copied.module.to(device)
+            course = exercised(copied, device, ids, tasks)
+        course.pretended = pretended
+        there.append(course)
+    _courses[subject] = ctx.seed, here, there
+    return here, there
+
+
+def _places() -> Iterator[tuple[torch.device, AbstractContextManager[object], bool]]:
+    """Each device to try, the context in which it is there, and whether it is pretended."""
+    import torch
+
+    from lmconform.simulated import SimulatedAccelerator, active_accelerator
+
+    outer = active_accelerator()
+    accelerator = outer or SimulatedAccelerator(2)
+    yield accelerator.devices[-1], accelerator.active(), True
+    if len(accelerator.devices) == 1:
+        yield torch.device("cpu"), accelerator.active(), True
+    if outer is None:
+        for device in real_devices():
+            yield device, torch.backends.cudnn.flags(allow_tf32=False), False
+
+
+def real_devices() -> list[torch.device]:
+    """The accelerators of this machine."""
+    import torch
+
+    found = []
+    if torch.cuda.is_available():
+        found.append(torch.device("cuda", 0))
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps", 0))
+    return found
+
+
+@register_check(
+    "placement.moves",
+    holds="after .to(device) every tensor used is there: on the simulated accelerator, and on cuda/mps where there is "
+    "one",
+    requires=COMPARING,
+)
+def check_moves(subject: Specimen, ctx: Context) -> None:
+    """Forward, padded, with a cache, backward and generate() on the second of two simulated CUDA devices, and really.
+
+    The simulation computes the CPU's values under CUDA's placement rules, and names the stray tensor. On the second
+    device a tensor left on the CPU is out of place, and so is one that a bare .cuda() put on the first.
+    """
+    _, there = courses(subject, ctx)
+    seen = False
+    for course in there:
+        for task, run in course.runs.items():
+            if run.error is None:
+                seen = True
+                _came_back(ctx, course, task, run)
+            elif course.pretended and run.beyond_pretence:
+                ctx.note(f"{task} cannot be pretended, it wants the device's own kernels: {first_line(run.error)}")
+            else:
+                _raised(ctx, course, task, run)
+        for name, place in course.strays.items():
+            ctx.fail(
+                f"the model is on {course.device}, but after a forward {name} is on {place}", where=name, hint=REPLACED
+            )
+    if not seen:
+        ctx.not_applicable("; ".join(ctx.notes))
+
+
+def _came_back(ctx: Context, course: Course, task: str, run: Run) -> None:
+    wrong = [device for device in run.devices if device != course.device]
+    if wrong:
+        ctx.fail(
+            f"the model is on {course.device}, and its logits come back on {wrong[0]} ({task})",
+            hint=Hint(
+                "the output is moved (.cpu(), .to('cpu')) or made on a fixed device: leave it where it was computed",
+                "device.hard_coded",
+            ),
+        )
+
+
+def _raised(ctx: Context, course: Course, task: str, run: Run) -> None:
+    from lmconform.simulated import PlacementError
+
+    assert run.error is not None
+    if isinstance(run.error, PlacementError):
+        message, where, hint = explained(run.error, run.place, course.device)
+        ctx.fail(f"{message} ({task})", where=where, hint=hint)
+    kind = "simulated " if course.pretended else ""
+    ctx.fail(
+        f"{task} runs on the CPU and raises on {kind}{course.device}: {type(run.error).__name__}: "
+        f"{first_line(run.error)}",
+        where=run.place,
+        hint=Hint(
+            ".numpy(), a torch.Generator or a table of functions by device wants the CPU: move the tensor first, or "
+            "take the device from the input",
+            "device.hard_coded",
+        ),
+    )
+
+
+def explained(error: PlacementError, place: str, device: str) -> tuple[str, str, Hint]:
+    """Message, where and hint for a tensor out of place while the model is on `device`."""
+    stray, origin = error.stray, error.origin
+    text = first_line(error).partition("The tensor on ")[0].strip()
+    where = f"in {place}: {text}"
+    if stray is not None and stray.kind in ("attribute", "global"):
+        return f"the model is on {device}, and {stray} stays on {stray.place}{_made(origin)}", where, _left(origin)
+    if stray is not None and stray.kind in ("parameter", "buffer"):
+        hint = HARD_CODED if origin is not None and origin.device_given and "cpu" not in stray.place else REPLACED
+        return f"the model is on {device}, and {stray} is on {stray.place}{_made(origin)}", where, hint
+    if origin is not None and origin.device_given:
+        return f"the model is on {device}, and {_named(stray)} is put on another device by {origin}", where, HARD_CODED
+    if origin is not None:
+        return f"the model is on {device}, and {_named(stray)} is made by {origin}", where, ON_DEFAULT
+    return f"the model is on {device}, and {_named(stray)} is elsewhere", where, ON_DEFAULT
+
+
+def _left(origin: Origin | None) -> Hint:
+    return HARD_CODED if origin is not None and origin.device_given and origin.call == "Tensor.cuda" else UNREGISTERED
+
+
+def _made(origin: Origin | None) -> str:
+    return "" if origin is None else f"; it was made by {origin}"
+
+
+def _named(stray: Stray | None) -> str:
+    return "a tensor" if stray is None else str(stray)
+
+
+@register_check(
+    "placement.parity",
+    holds="logits on the device equal the CPU's within tolerance",
+    requires=(*COMPARING, "placement.moves"),
+)
+def check_parity(subject: Specimen, ctx: Context) -> None:
+    """The same exercises by value. A simulated device computes what the CPU does unless the model asks which it is."""
+    here, there = courses(subject, ctx)
+    compared = False
+    for course in there:
+        for task, run in course.runs.items():
+            expected = here.runs[task].values
+            if run.values is None or expected is None:
+                continue
+            compared = True
+            kind = "simulated " if course.pretended else ""
+            ctx.equal(
+                run.values,
+                expected,
+                f"logits on {kind}{course.device} differ from the CPU's",
+                where=task,
+                hint=BRANCHES
+                if course.pretended
+                else "a kernel of the device computes something else: look at attention implementations, in-place "
+                "operations, and reduced precision (torch.backends)",
+            )
+    if not compared:
+        ctx.not_applicable("no forward could be run on a device")
+
+
+@register_check(
+    "placement.default_device",
+    holds="built and run under another default device",
+    requires=(*COMPARING, "placement.moves"),
+)
+def check_default_device(subject: Specimen, ctx: Context) -> None:
+    """torch.set_default_device("cuda"): the model as it is, on the CPU, and one that is built there.
+
+    Whatever is made without device= then lands on the other side, also what is made once, in the constructor.
+    """
+    import torch
+
+    from lmconform.simulated import SimulatedAccelerator, active_accelerator
+
+    expected = sound_here(subject, ctx).runs["forward"].values
+    assert expected is not None
+    ids = probe(subject, ctx)
+    outer = active_accelerator()
+    accelerator = outer or SimulatedAccelerator(1)
+    ways: list[tuple[torch.device, AbstractContextManager[object], bool]] = [
+        (accelerator.devices[0], accelerator.active(), True)
+    ]
+    if outer is None:
+        ways += [(device, nullcontext(), False) for device in real_devices()]
+    for device, context, pretended in ways:
+        with context:
+            copied = subject.copy()
+            copied.module.to("cpu")
+            with device:
+                course = exercised(copied, torch.device("cpu"), ids, {"forward": forward})
+            _judged(ctx, course, pretended, expected, f"under the default device {device}")
+            if subject.can("rebuild"):
+                _built_there(subject, ctx, ids, device, pretended, expected)
+
+
+def _built_there(
+    subject: Specimen, ctx: Context, ids: Tensor, device: torch.device, pretended: bool, expected: Tensor
+) -> None:
+    assert subject.builder is not None
+    # whatever the constructor computes is kept; weights that were excited or loaded are copied over it
+    state = {name: value.detach().cpu() for name, value in subject.module.state_dict().items()}
+    text = f"built under the default device {device}"
+    try:
+        with device:
+            module = subject.builder(subject.seed)
+    except Exception as error:
+        run = Run(error=error)
+        if pretended and run.beyond_pretence:
+            ctx.note(f"cannot be {text} here: {first_line(error)}")
+            return
+        ctx.fail(
+            f"cannot be {text}: {first_line(error)}",
+            hint=Hint(
+                "the constructor mixes tensors made with and without device=, or calls .numpy() on one",
+                "device.created_on_default",
+            ),
+        )
+    module.load_state_dict(state)
+    built = subject._derive(module.to(dtype=subject.dtype).eval())
+    with device:
+        course = exercised(built, built.device, ids, {"forward": forward})
+    for name, place in course.strays.items():
+        ctx.fail(
+            f"{text}, the model is on {course.device}, but {name} is on {place}",
+            where=name,
+            hint=Hint("its device is written into the constructor", "device.hard_coded"),
+        )
+    _judged(ctx, course, pretended, expected, text)
+
+
+def _judged(ctx: Context, course: Course, pretended: bool, expected: Tensor, how: str) -> None:
+    from lmconform.simulated import PlacementError
+
+    run = course.runs["forward"]
+    if run.error is not None:
+        if pretended and run.beyond_pretence:
+            ctx.note(f"{how}: it wants the device's own kernels")
+            return
+        if isinstance(run.error, PlacementError):
+            message, where, hint = explained(run.error, run.place, course.device)
+            ctx.fail(f"{how}, {message}", where=where, hint=hint)
+        ctx.fail(
+            f"{how} it raises {type(run.error).__name__}: {first_line(run.error)}", where=run.place, hint=ON_DEFAULT
+        )
+    assert run.values is not None
+    ctx.equal(run.values, expected, f"logits differ {how}", hint=BRANCHES)
