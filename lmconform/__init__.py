@@ -14,8 +14,9 @@ SPEC_VERSION = 1
 if TYPE_CHECKING:
     from lmconform.api import check_model
     from lmconform.cases import Choice, Span
-    from lmconform.context import Context, Violation
+    from lmconform.context import Context, Hint, Violation
     from lmconform.pytest_plugin import parametrize_with_checks
+    from lmconform.recipe import Recipe
     from lmconform.registry import register_check
     from lmconform.results import Cause, Report, Result, Status
     from lmconform.simulated import PlacementError, simulated_accelerator
@@ -27,6 +28,8 @@ _HOMES = {
     "parametrize_with_checks": "pytest_plugin",
     "register_check": "registry",
     "Subject": "subject",
+    "Recipe": "recipe",
+    "Hint": "context",
     "BuildError": "subject",
     "Report": "results",
     "Result": "results",
@@ -42,9 +45,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "SPEC_VERSION", "BuildError", "Cause", "Choice", "Context", "PlacementError", "Report", "Result", "Span", "Status",
-    "Subject", "Unavailable", "Violation", "__version__", "check_model", "parametrize_with_checks", "register_check",
-    "simulated_accelerator",
+    "SPEC_VERSION", "BuildError", "Cause", "Choice", "Context", "Hint", "PlacementError", "Recipe", "Report", "Result",
+    "Span", "Status", "Subject", "Unavailable", "Violation", "__version__", "check_model",
+    "parametrize_with_checks", "register_check", "simulated_accelerator",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmconform.conventions import first_line
+from lmconform.specimen import Unavailable
 
 if TYPE_CHECKING:
     from lmconform.context import Context
@@ -53,7 +54,7 @@ def reason_against(subject: Specimen) -> str:
         return "needs POSIX processes"
     if subject.device.type != "cpu":
         return f"two processes share no {subject.device.type} device; start it under torchrun, one device a process"
-    return "" if _recipe_to_build(subject) else (
+    return "" if recipe_to_build(subject) else (
         "needs a SPEC, or a builder that can be pickled, so that another process can build the model: a lambda or a "
         "function inside a function cannot be"
     )  # fmt: skip
@@ -82,7 +83,7 @@ def measure_together(subject: Specimen, ctx: Context, what: str) -> dict[str, An
 
     with tempfile.TemporaryDirectory(prefix="lmconform-") as folder:
         place = Path(folder)
-        build = _recipe_to_build(subject)
+        build = recipe_to_build(subject)
         assert build is not None
         kind, content = build
         (place / "build.pkl").write_bytes(content)
@@ -99,7 +100,7 @@ def measure_together(subject: Specimen, ctx: Context, what: str) -> dict[str, An
         return found
 
 
-def _recipe_to_build(subject: Specimen) -> tuple[str, bytes] | None:
+def recipe_to_build(subject: Specimen) -> tuple[str, bytes] | None:
     """How another process builds it: by its SPEC, or as a pickled Subject with its builder, else with the module."""
     if subject.spec != subject.name:
         return "spec", subject.spec.encode()
@@ -272,6 +273,9 @@ def _limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (size if hard < 0 else min(size, hard), hard))
 
 
+_joined_before: set[str] = set()
+
+
 def _joined(subject: Specimen, ctx: Context, what: str) -> dict[str, Any]:
     """Under torchrun: measure in this very process, in step with the others; only rank 0 judges."""
     import datetime
@@ -281,8 +285,9 @@ def _joined(subject: Specimen, ctx: Context, what: str) -> dict[str, Any]:
 
     from lmconform.together import MEASURES, alone
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if what in _joined_before:
+        raise Unavailable("under torchrun each check is measured once: the other processes have gone on")
+    _joined_before.add(what)
     copied = subject.copy()
     cuda = subject.device.type == "cuda"
     if cuda:
@@ -290,13 +295,16 @@ def _joined(subject: Specimen, ctx: Context, what: str) -> dict[str, Any]:
         copied.module.to(f"cuda:{torch.cuda.current_device()}")
     world = int(os.environ["WORLD_SIZE"])
     copied, found = alone(copied, ctx.seed, lambda text: None, world)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=PATIENCE))
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=PATIENCE),
+        store=dist.PrefixStore(f"lmconform-{what}", store),  # the addresses of the last check's group stay in the store
+    )  # fmt: skip
     try:
         found = MEASURES[what](copied, found, ctx.seed, lambda text: None)
         dist.barrier()
-        first = dist.get_rank() == 0
     finally:
         dist.destroy_process_group()
-    if not first:
+    if rank != 0:
         ctx.not_applicable("rank 0 judges")
     return found

@@ -283,13 +283,21 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _quiet(seed: int) -> Iterator[None]:
-    """Leave no trace: the caller's random state is kept, and the warnings a subject raises by the dozen go."""
+    """Leave no trace, whatever the subject does: random state, gradient mode and default dtype are as before.
+
+    The warnings that a subject raises by the dozen go.
+    """
     import torch
 
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        yield
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
 
 
 def _figures(violation: Violation) -> str:

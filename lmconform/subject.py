@@ -23,10 +23,10 @@ class BuildError(Exception):
 class Subject:
     """One causal language model to be checked.
 
-    `model_or_builder` is an `nn.Module`, or a callable without arguments that returns one or a `(model, tokenizer)`
-    pair. `call(model, input_ids, **kw) -> logits` says how to call it where that cannot be found out: ids are int64
-    [batch, time], logits [batch, time, vocab]; whatever other inputs `call` names (attention_mask, position_ids,
-    past_key_values, inputs_embeds, labels) are used.
+    `model_or_builder` is an `nn.Module`, or a callable without arguments that returns one, a `(model, tokenizer)` pair
+    or a `(model, tokenizer, recipe)` triple. `call(model, input_ids, **kw) -> logits` says how to call it where that
+    cannot be found out: ids are int64 [batch, time], logits [batch, time, vocab]; whatever other inputs `call` names
+    (attention_mask, position_ids, past_key_values, inputs_embeds, labels) are used.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Subject:
         self.name = name or _name_of(model_or_builder)
         self.spec = self.name
         self.call = call
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer or getattr(recipe, "tokenizer", None)
         self.recipe = recipe
 
     def __repr__(self) -> str:
@@ -138,15 +138,16 @@ class Subject:
             raise BuildError(
                 f"{self.name}: the builder raised {type(error).__name__}: {first_line(error)}{_raised_at(error)}"
             ) from error
-        if isinstance(made, tuple) and len(made) == 2:
-            made, tokenizer = made
-            self.tokenizer = self.tokenizer or tokenizer
+        if isinstance(made, tuple) and len(made) in (2, 3):
+            made, tokenizer, *rest = made
+            self.recipe = self.recipe or next(iter(rest), None)
+            self.tokenizer = self.tokenizer or tokenizer or getattr(self.recipe, "tokenizer", None)
         if isinstance(made, Subject):
             raise BuildError(f"{self.name}: the builder returned a Subject; give the Subject itself as the spec")
         if not isinstance(made, torch.nn.Module):
             raise BuildError(
-                f"{self.name}: the builder returned {type(made).__name__}, expected an nn.Module "
-                "or a (model, tokenizer) pair"
+                f"{self.name}: the builder returned {type(made).__name__}, expected an nn.Module, "
+                "a (model, tokenizer) pair or a (model, tokenizer, recipe) triple"
             )
         return made
 

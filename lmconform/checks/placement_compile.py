@@ -33,7 +33,7 @@ BAKED = Hint(
     profile="thorough",
 )
 def check_compile(subject: Specimen, ctx: Context) -> None:
-    """Traced at two lengths, the second padded (aot_eager), exported, and compiled to code (inductor), on the device it is on.
+    """Traced at two lengths, the second padded (aot_eager), exported, and compiled to code (inductor), where it lies.
 
     Graph breaks cost speed only, and are listed. torch.export may refuse a model aloud; what it takes must be right.
     """

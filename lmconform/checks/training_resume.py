@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.recipe import Batch, Recipe
 
-STEPS, CUT = 6, 3
-ROWS, TIME = 3, 24
+STEPS, CUT = 5, 3
+ROWS, TIME = 2, 12
 SAVING = "save and restore model, optimizer, scheduler and the random state (torch, numpy, random) together"
 
 
@@ -33,7 +33,7 @@ SAVING = "save and restore model, optimizer, scheduler and the random state (tor
     requires=("contract.shape", "contract.finite"),
 )
 def check_resume(subject: Specimen, ctx: Context) -> None:
-    """Six steps in one go, and three, a stop, a model built anew under another seed, and the other three.
+    """Five steps in one go, and three, a stop, a model built anew under another seed, and the other two.
 
     By the recipe's own save and load where it has them, else by the state dicts of all parts. Thorough: through the
     checkpoints of transformers' Trainer too, for models of transformers.
@@ -54,7 +54,7 @@ def check_resume(subject: Specimen, ctx: Context) -> None:
         after_load = resumed.snapshot()
         resumed.run(CUT, STEPS)
     if any(loss != loss for loss in whole.losses):
-        ctx.not_applicable("the loss is NaN within six steps of this recipe")
+        ctx.not_applicable("the loss is NaN within five steps of this recipe")
     if not _same(whole, resumed):
         what, hint = _lost(at_cut, after_load)
         again = Training(subject, ctx, recipe, batches, subject.as_loaded().copy())
@@ -308,7 +308,7 @@ def _lost(at_cut: Snapshot, after_load: Snapshot) -> tuple[str, str]:
 
 
 def _through_trainer(subject: Specimen, ctx: Context, recipe: Recipe, batches: list[Batch]) -> None:
-    """Six steps of transformers' Trainer against three, a checkpoint, and three more."""
+    """Five steps of transformers' Trainer against three, a checkpoint, and the other two."""
     if not pretrained(subject.module):
         return
     try:

@@ -21,14 +21,15 @@ def declared_unused(
 ) -> dict[str, list[str]]:
     """Of the parameters `names` those that only inputs not given here would use, by reason. Empty where none are.
 
-    What declares it is the config (a part for another modality) or forward() (encoder_hidden_states), beside the name.
+    What declares it is the config (a part for another modality) or forward() (encoder_hidden_states, encoder_outputs),
+    beside the name.
     The name alone excuses nothing: all of them are moved at once, and the logits of `ids` must stay at `base`.
     """
     import torch
 
     text, config = parameters_fed_by_text(subject), subject.config
     towers = any(getattr(config, f"{modality}_config", None) is not None for modality in OTHER_MODALITIES)
-    reads_encoder = "encoder_hidden_states" in parameters_of(subject.module)[0]
+    reads_encoder = not {"encoder_hidden_states", "encoder_outputs"}.isdisjoint(parameters_of(subject.module)[0])
     tower: list[str] = []
     reader: list[str] = []
     for name in names:
@@ -47,7 +48,7 @@ def declared_unused(
             parameters[name].add_(1.0)
     if not float((moved.logits(ids).double() - base.double()).abs().max()) <= bound:
         return {}
-    return {"of another modality": tower, "cross-attention where no encoder_hidden_states are given": reader}
+    return {"of another modality": tower, "cross-attention where no states of an encoder are given": reader}
 
 
 def parameters_fed_by_text(subject: Specimen) -> set[str] | None:

@@ -16,7 +16,7 @@ from lmconform.subject import BuildError
 
 UNBUILT = {
     "raises": "the builder raised ValueError: width 30 is not divisible by 4 heads (at broken.py:",
-    "returns_text": "the builder returned str, expected an nn.Module or a (model, tokenizer) pair",
+    "returns_text": "the builder returned str, expected an nn.Module, a (model, tokenizer) pair",
     "prints_and_raises": "the builder raised OSError: shard 2 of 2 is missing",
     "exits": "the builder called sys.exit(5)",
     "exits_hard": "the process ended itself with exit code 0 while building",

@@ -186,3 +186,13 @@ def test_unselected_check_that_blocks_is_told(specimen: Specimen, register: Regi
         ("own.root", Status.failed),
         ("own.blocked", Status.blocked),
     ]
+
+
+def test_global_state_that_a_subject_leaves_changed_is_put_back(specimen: Specimen, register: Register) -> None:
+    def check(subject: Specimen, ctx: Context) -> None:
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+
+    Runner(specimen).run(register(check))
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32

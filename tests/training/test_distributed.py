@@ -30,9 +30,11 @@ def run(given: Any, id: str = "distributed.ddp") -> Result:
     return Runner(as_subject(given).open(), shrink=False).run(get_check(id))
 
 
-@pytest.mark.parametrize("id", ["distributed.ddp", "distributed.fsdp"])
-@pytest.mark.parametrize("spec", [PLAIN, "transformers:gpt2"])  # gpt2: embedding and head are one tensor
-def test_sound(id: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("spec", "id"),
+    [(PLAIN, "distributed.ddp"), ("transformers:gpt2", "distributed.fsdp")],  # gpt2: embedding and head are one tensor
+)
+def test_sound(spec: str, id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     result = run(spec, id)
     assert result.status == "passed", result.message
@@ -41,7 +43,11 @@ def test_sound(id: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_builder_and_a_module_will_do() -> None:
-    assert run(Subject(plain)).status == "passed"
+    for given in (Subject(plain), Subject(plain())):
+        specimen = given.open()
+        content = ranks.recipe_to_build(specimen)
+        assert content is not None
+        assert content[0] == "subject"
     assert run(Subject(plain())).status == "passed"
 
 
@@ -135,8 +141,7 @@ def test_what_cannot_be_built_elsewhere_is_not_applicable(tmp_path: Path) -> Non
     assert "the weights are held by another process" in result.message
 
 
-@pytest.mark.parametrize("writes", [True])
-def test_torchrun(writes: bool, tmp_path: Path) -> None:
+def test_torchrun(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lmconform", "check", PLAIN,

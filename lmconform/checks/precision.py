@@ -1,0 +1,455 @@
+"""precision: a model converted to a half type computes in it, stays finite, and drifts no more than rounding does."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from lmconform import structure
+from lmconform.checks.unregistered_tensors import loose_tensors
+from lmconform.context import Hint
+from lmconform.conventions import first_line
+from lmconform.exercises import padded
+from lmconform.registry import register_check
+from lmconform.rounding import SAMPLES, Choices, Trace, in_type, rounded, traced
+from lmconform.traces import hooked
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lmconform.context import Context
+    from lmconform.specimen import Specimen
+
+COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
+TIME = 40
+# Over all of transformers' types the 90th percentile of the drift is 0.4 to 1.8 times that of the noise (but for BLT),
+# and the worst token 0.1 to 1.6 times the worst noise.
+TYPICAL, WORST = 2.5, 4.0
+NORM_PEAK = 600.0  # an activation that float16 holds and whose square it does not
+OVERFLOWS = ("without overflow", "cannot be converted to type")
+
+HARD_CODED = Hint(
+    "a type is written into the code (.float(), dtype=torch.float32, torch.float32 tables): cast what was computed in "
+    "float32 back to the input's type, .to(x.dtype)",
+    "dtype.hard_coded",
+)
+MASK_CONSTANT = Hint(
+    "a constant for masked scores is too large for the type: float16 ends at 65504; use torch.finfo(scores.dtype).min",
+    "mask.half_overflow",
+)
+OVERFLOW = Hint(
+    "an intermediate value leaves the type's range (squares and sums do so first): compute it in float32 and cast back",
+    "dtype.overflow",
+)
+LOSES = Hint(
+    "something is computed in the half type that does not bear it: positions, angles, norms, a softmax or long sums; "
+    "compute it in float32 and cast back",
+    "position.low_precision",
+    "dtype.overflow",
+)
+
+
+@register_check(
+    "precision.bfloat16",
+    holds="runs wholly in bfloat16, finite, drift from float64 within the type's bound; autocast too",
+    requires=COMPARING,
+)
+def check_bfloat16(subject: Specimen, ctx: Context) -> None:
+    """See `check_type`. bfloat16 has float32's range and 8 bits: whole numbers are exact up to 256."""
+    import torch
+
+    check_type(subject, ctx, torch.bfloat16)
+
+
+@register_check(
+    "precision.float16",
+    holds="runs wholly in float16, finite, drift from float64 within the type's bound; autocast too",
+    requires=COMPARING,
+)
+def check_float16(subject: Specimen, ctx: Context) -> None:
+    """See `check_type`. float16 has 11 bits and ends at 65504: norms also get activations whose squares do not fit.
+
+    Trained models have such activations (Dettmers et al. 2022; Sun et al. 2024, massive activations), fresh ones not.
+    """
+    import torch
+
+    check_type(subject, ctx, torch.float16)
+    check_norms(subject, ctx, torch.float16)
+
+
+def check_type(subject: Specimen, ctx: Context, dtype: torch.dtype) -> None:
+    """The model in `dtype` against a float64 model of the same, rounded weights.
+
+    What rounding explains is measured on the latter: every submodule's output is rounded to the type, and the logits
+    move by so much; recurrences are part of that run. Experts chosen in float64 are replayed in every other run, since
+    nearly equal ones change places.
+    """
+    half = in_type(subject, dtype)
+    ids = ctx.ids(2, subject.longest(TIME))
+    runs: dict[str, Callable[[Specimen], Tensor]] = {"": lambda model: model.logits(ids)}
+    if subject.can("mask"):
+        runs[" of left-padded rows"] = lambda model: padded(model, ids)
+    exact, references = _references(half, ctx, runs)
+    noise: tuple[float, float] | None = None
+    for what, run in runs.items():
+        choices, expected = references[what]
+        trace = Trace()
+        try:
+            with choices.mode(replay=True), traced(half.module) as trace:
+                logits = run(half)
+        except Exception as error:
+            _raised(half, ctx, dtype, error, trace, what)
+        _finite(ctx, dtype, logits, trace, what)
+        _in_type(half, ctx, dtype, trace, what)
+        if noise is None:
+            left = frozenset(step.name for step in trace.steps if any(made != dtype for made in step.dtypes))
+            noise = _noise(exact, dtype, left, choices, run, expected)
+        _drifts(ctx, dtype, logits, expected, noise, f"logits{what}", "")
+    assert noise is not None
+    _autocast(half, ctx, dtype, runs[""], references[""], noise)
+
+
+def _references(
+    half: Specimen, ctx: Context, runs: dict[str, Callable[[Specimen], Tensor]]
+) -> tuple[Specimen, dict[str, tuple[Choices, Tensor]]]:
+    """The same weights in float64, or where that does not run, float32: the logits and the experts chosen."""
+    import torch
+
+    for dtype in (torch.float64, torch.float32):
+        exact = in_type(half, dtype)
+        found: dict[str, tuple[Choices, Tensor]] = {}
+        try:
+            for what, run in runs.items():
+                choices = Choices()
+                with choices.mode(replay=False):
+                    found[what] = choices, run(exact)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            continue
+        if all(bool(logits.isfinite().all()) for _, logits in found.values()):
+            if dtype != torch.float64:
+                ctx.note("held against float32, since it does not run in float64")
+            return exact, found
+        reason = "its logits are not finite"
+    ctx.not_applicable(f"weights that were rounded to the type do not run in float64 or float32: {reason}")
+    raise AssertionError
+
+
+def _noise(
+    exact: Specimen, dtype: torch.dtype, left: frozenset[str], choices: Choices, run: Any, expected: Tensor
+) -> tuple[float, float]:
+    """What rounding alone does: to most tokens (the 90th percentile), and to the worst."""
+    import torch
+
+    moved = []
+    for sample in range(SAMPLES):
+        with choices.mode(replay=True):
+            moved.append((rounded(exact, dtype, left, sample, run).double() - expected.double()).abs().amax(-1))
+    noise = torch.stack(moved).flatten()
+    noise = noise[noise.isfinite()]
+    floor = torch.finfo(dtype).eps * float(expected.abs().max())
+    if not noise.numel():
+        return floor, floor
+    return max(float(noise.quantile(0.9)), floor), max(float(noise.max()), floor)
+
+
+def _drifts(
+    ctx: Context, dtype: torch.dtype, logits: Tensor, expected: Tensor, noise: tuple[float, float], what: str, how: str
+) -> None:
+    drift = (logits.double() - expected.double()).abs().amax(-1)
+    row, position = divmod(int(drift.argmax()), drift.shape[-1])
+    for size, bound, whose in (
+        (float(drift.flatten().quantile(0.9)), TYPICAL * noise[0], "most tokens"),
+        (float(drift.max()), WORST * noise[1], "the worst token"),
+    ):
+        ctx.within(
+            size,
+            bound,
+            f"{what} in {_name(dtype)}{how} drift from float64 by more than rounding explains",
+            where=f"{whose}, the largest at row {row}, position {position}",
+            hint=LOSES,
+        )
+
+
+def _raised(half: Specimen, ctx: Context, dtype: torch.dtype, error: Exception, trace: Trace, what: str) -> None:
+    text = first_line(error)
+    if "not implemented for" in text:
+        ctx.not_applicable(f"{half.device.type} has no kernel for {_name(dtype)}: {text}")
+    place = f"in {trace.place}{_line(error)}" if trace.place else _line(error).strip()
+    message = f"does not run in {_name(dtype)}{what and f' on inputs{what}'}: {type(error).__name__}: {text}"
+    if any(part in text for part in OVERFLOWS):
+        ctx.fail(message, where=place, hint=MASK_CONSTANT)
+    _blame(half, ctx, dtype, trace, message, place)
+
+
+def _blame(half: Specimen, ctx: Context, dtype: torch.dtype, trace: Trace, message: str, place: str) -> None:
+    """Fail, naming what brings another type in: an unregistered table, a replaced buffer, or the first module."""
+    module = half.module
+    held = [(name, tensor, "neither parameter nor buffer, so .to(dtype) passes it by")
+            for name, kind, tensor in loose_tensors(module) if tensor.dtype != dtype]  # fmt: skip
+    registered: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
+    held += [(name, tensor, "replaced after the conversion") for name, tensor in registered
+             if tensor.is_floating_point() and tensor.dtype != dtype]  # fmt: skip
+    inside = trace.place.partition(" ")[0]
+    held.sort(key=lambda item: not (inside and item[0].startswith(inside)))
+    if held:
+        name, tensor, why = held[0]
+        more = f" ({len(held) - 1} more)" if held[1:] else ""
+        ctx.fail(
+            message,
+            where=f"{place}; {name} is {_name(tensor.dtype)}{more}",
+            hint=Hint(f"{name} is {why}: register it as a buffer, or cast it where it is used", "dtype.hard_coded"),
+        )
+    step = trace.first_outside(dtype)
+    if step is not None:
+        place += f"; {step.name or step.kind} ({step.kind}) is the first to give {_names(step.dtypes)}"
+    ctx.fail(message, where=place, hint=HARD_CODED)
+
+
+def _finite(ctx: Context, dtype: torch.dtype, logits: Tensor, trace: Trace, what: str) -> None:
+    if bool(logits.isfinite().all()):
+        return
+    kind = "NaN" if bool(logits.isnan().any()) else "infinite"
+    step = trace.first_infinite()
+    place = f"{step.name} ({step.kind}) is the first to give such numbers" if step is not None else ""
+    ctx.fail(
+        f"logits{what} are {kind} in {_name(dtype)}, and finite in float64",
+        where=place,
+        hint=Hint(f"{MASK_CONSTANT}; rows that see nothing become NaN", "mask.half_overflow", "mask.padding_nan")
+        if what
+        else OVERFLOW,
+    )
+
+
+def _in_type(half: Specimen, ctx: Context, dtype: torch.dtype, trace: Trace, what: str) -> None:
+    """The residual stream stays in the type. Routers and logits may be float32 on purpose, and are noted."""
+    found = structure.blocks(half.module)
+    names = {f"{found[0]}.{index}" for index in range(len(found[1]))} if found is not None else set()
+    outside = [step for step in trace.steps if any(made != dtype for made in step.dtypes)]
+    stream = [step for step in outside if step.name in names and step.dtypes[0] != dtype]
+    if stream and getattr(half.config, "residual_in_fp32", False):
+        ctx.note("the residual stream is float32: residual_in_fp32")
+    elif stream:
+        step = stream[0]
+        message = f"the residual stream leaves {_name(dtype)}: {step.name} ({step.kind}) gives {_names(step.dtypes)}"
+        _blame(half, ctx, dtype, trace, message, f"{step.name}{what and f', on inputs{what}'}")
+    elif outside and outside[-1].name == "" and outside[-1].dtypes[:1] != (dtype,):
+        ctx.note(f"the logits come as {_names(outside[-1].dtypes[:1])}")
+
+
+def _autocast(
+    half: Specimen,
+    ctx: Context,
+    dtype: torch.dtype,
+    run: Callable[[Specimen], Tensor],
+    reference: tuple[Choices, Tensor],
+    noise: tuple[float, float],
+) -> None:
+    """float32 weights (of the same rounded values) under autocast: mixed types meet inside."""
+    import torch
+
+    single = in_type(half, torch.float32)
+    choices, expected = reference
+    trace = Trace()
+    try:
+        with (
+            torch.autocast(half.device.type, dtype=dtype),
+            choices.mode(replay=True),
+            traced(single.module) as trace,
+        ):
+            logits = run(single)
+    except Exception as error:
+        text = first_line(error)
+        if "not implemented for" in text:
+            ctx.note(f"autocast: {half.device.type} has no kernel: {text}")
+            return
+        place = f"in {trace.place}{_line(error)}" if trace.place else _line(error).strip()
+        ctx.fail(
+            f"does not run under autocast({_name(dtype)}): {type(error).__name__}: {text}", where=place, hint=HARD_CODED
+        )
+    if not bool(logits.isfinite().all()):
+        _finite(ctx, dtype, logits, trace, " under autocast")
+    _drifts(ctx, dtype, logits, expected, noise, "logits", " autocast")
+
+
+# -- norms that overflow -----------------------------------------------------------------------------------------------
+
+
+def check_norms(subject: Specimen, ctx: Context, dtype: torch.dtype) -> None:
+    """Each norm alone, on its own inputs scaled to a peak of NORM_PEAK, in the type against float64."""
+    import torch
+
+    half = in_type(subject, dtype)
+    exact = in_type(half, torch.float64)
+    given = _inputs_of_norms(half, ctx)
+    for name, (args, kwargs) in given.items():
+        peak = float(args[0].double().abs().max())
+        if not 0 < peak < NORM_PEAK:
+            continue
+        large = (args[0].double() * (NORM_PEAK / peak)).to(dtype)
+        wide = [_cast(value, torch.float64) for value in (large, *args[1:])]
+        try:
+            with torch.no_grad():
+                expected = exact.module.get_submodule(name)(
+                    *wide, **{key: _cast(value, torch.float64) for key, value in kwargs.items()}
+                )
+                actual = half.module.get_submodule(name)(large, *args[1:], **kwargs)
+        except Exception as error:
+            ctx.note(f"{name} was not tried on large activations: {type(error).__name__}: {first_line(error)}")
+            continue
+        if not isinstance(actual, torch.Tensor) or actual.shape != expected.shape:
+            continue
+        kind = type(half.module.get_submodule(name)).__name__
+        scale = float(expected.abs().max())
+        ctx.equal(
+            actual,
+            expected,
+            f"{name} ({kind}) in {_name(dtype)} fails on activations up to {NORM_PEAK:g}, which the type holds",
+            where=name,
+            hint=Hint(
+                "the norm squares and sums in the half type: x.float() first, and back at the end", "dtype.overflow"
+            ),
+            allowed=16 * torch.finfo(dtype).eps * max(scale, 1e-3),
+            axes=(),
+        )
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    import torch
+
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _inputs_of_norms(half: Specimen, ctx: Context) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the leaf modules called norms are called with, the first of each kind at each depth of the stack."""
+    import torch
+
+    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+                seen.setdefault(name, (tuple(_detached(value) for value in args), dict(kwargs)))
+
+        return hook
+
+    norms = [
+        (name, part)
+        for name, part in half.module.named_modules()
+        if "norm" in type(part).__name__.lower() and not list(part.children())
+    ]
+    with hooked(*(part.register_forward_pre_hook(watch(name), with_kwargs=True) for name, part in norms)):
+        half.logits(ctx.ids(1, half.longest(6)))
+    return seen
+
+
+def _detached(value: Any) -> Any:
+    import torch
+
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+# -- attention implementations -----------------------------------------------------------------------------------------
+
+
+@register_check(
+    "precision.backends",
+    holds="eager, SDPA and flex attention agree, large logits included",
+    requires=COMPARING,
+)
+def check_backends(subject: Specimen, ctx: Context) -> None:
+    """set_attn_implementation() on copies: plain, left-padded, on a cache; then with matrices 3 times as large.
+
+    Flex attention runs uncompiled (torch.compiler.set_stance), where it runs at all.
+    """
+    change = getattr(subject.module, "set_attn_implementation", None)
+    if not callable(change):
+        ctx.not_applicable(f"{type(subject.module).__name__} has no set_attn_implementation()")
+    ids = ctx.ids(2, subject.longest(TIME))
+    for scale, base in (("", subject), (", matrices 3 times as large", subject.scaled(3.0))):
+        named = {name: made for name in ("eager", "sdpa", "flex_attention") if (made := _with(base, ctx, name))}
+        if len(named) < 2:
+            ctx.not_applicable(f"it offers {', '.join(named) or 'no implementation'} alone")
+        expected = {task: run(named["eager"], ids) for task, run in _tasks(subject).items()}
+        for name, model in named.items():
+            if name == "eager":
+                continue
+            with _uncompiled():
+                for task, run in _tasks(subject).items():
+                    try:
+                        logits = run(model, ids)
+                    except Exception as error:
+                        if name == "sdpa":
+                            raise
+                        ctx.note(f"flex attention does not run here: {type(error).__name__}: {first_line(error)}")
+                        break
+                    ctx.equal(
+                        logits,
+                        expected[task],
+                        f"logits with {name} attention differ from eager's",
+                        where=f"{task}{scale}",
+                        noise=base.noise,
+                        hint=Hint(
+                            "the paths do not do the same: scaling, softcap, sinks, window, grouped heads or the mask "
+                            "(is_causal without one) are in one and not in the other",
+                            "mask.fast_path",
+                            "attention.unscaled",
+                        ),
+                    )
+
+
+def _tasks(subject: Specimen) -> dict[str, Callable[[Specimen, Tensor], Tensor]]:
+    tasks: dict[str, Callable[[Specimen, Tensor], Tensor]] = {"forward": lambda model, ids: model.logits(ids)}
+    if subject.can("mask"):
+        tasks["left-padded"] = padded
+    if subject.can("cache"):
+        tasks["a chunk on a cache"] = _on_a_cache
+    return tasks
+
+
+def _on_a_cache(subject: Specimen, ids: Tensor) -> Tensor:
+    split = ids.shape[1] // 2
+    past = subject.forward(ids[:, :split], use_cache=True)
+    return subject.forward(ids[:, split:], cache=past.cache, use_cache=True).logits
+
+
+def _with(subject: Specimen, ctx: Context, name: str) -> Specimen | None:
+    """A copy that uses that implementation; None where the model does not offer it."""
+    copied = subject.copy()
+    change: Any = copied.module.set_attn_implementation
+    try:
+        change(name)
+    except (ValueError, ImportError, KeyError) as error:
+        ctx.note(f"no {name}: {first_line(error)}")
+        return None
+    used = getattr(copied.config, "_attn_implementation", name)
+    return copied if used == name else None
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _line(error: Exception) -> str:
+    """' at modeling.py:12': the subject's line that raised."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and "/lmconform/" not in frame.filename
+    ]
+    return f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " and ".join(dict.fromkeys(_name(dtype) for dtype in dtypes))

@@ -1,0 +1,64 @@
+"""What monitors add to a training step, paired: python tests/benchmarks/monitor_overhead.py [STEPS]
+
+One loop on a tiny Llama (batch 8, 64 tokens). Every step is timed whole, and beside it the time spent in the monitors'
+own calls within it; the share is that of the whole window between two looks, since a look costs and the steps between do
+not. Median over windows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from fixtures.subjects import build
+from lmconform import monitors
+
+EVERY = 10
+
+
+def measure(names: list[str], steps: int) -> float:
+    """The monitors' share of the step, in percent."""
+    torch.manual_seed(0)
+    model = build("llama").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    watching = monitors.Monitors(
+        monitor for monitor in monitors.standard(eos_token_id=2, every=EVERY) if type(monitor).__name__ in names
+    )
+    whole, own = [], []
+    for _ in range(steps):
+        ids = torch.randint(3, 90, (8, 64))
+        started = time.perf_counter()
+        output = model(input_ids=ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        before = time.perf_counter()
+        watching.step(
+            model=model, optimizer=optimizer, scheduler=scheduler, logits=output.logits.detach(),
+            loss=output.loss.detach(), labels=ids, input_ids=ids, total=steps,
+        )  # fmt: skip
+        spent = time.perf_counter() - before
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        own.append(spent)
+        whole.append(time.perf_counter() - started - spent)
+    windows = range(EVERY, steps - EVERY + 1, EVERY)
+    return 100 * statistics.median(sum(own[i : i + EVERY]) / sum(whole[i : i + EVERY]) for i in windows)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 300
+    every = ["CollapseMonitor", "GradientMonitor", "UpdateMonitor", "EffectiveRateMonitor", "ReplicaMonitor"]
+    for names in (*([name] for name in every), every):
+        print(f"{' + '.join(names) if len(names) == 1 else 'all five':24} {measure(names, steps):6.2f} % of a step")
+
+
+if __name__ == "__main__":
+    main()
