@@ -1,4 +1,9 @@
-"""What every test here stands on: no hub, one thread, and long runs only when asked for."""
+"""What every test here stands on: no hub, one thread, long runs only when asked for, and the device matrix.
+
+A test that takes `device` and does not parametrise it runs on every device there is: cpu, sim (the simulated
+accelerator), and cuda and mps where the machine has one. `--lm-device NAME` narrows that to one; `-k cuda` and `-k sim`
+select by id. `@pytest.mark.slow_on("sim")` makes the test a long run there.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,41 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+    config.addinivalue_line("markers", "slow_on(*devices): minutes, not seconds, on these devices; run with -m slow")
+
+
+def devices() -> tuple[list[str], list[str]]:
+    """The devices of the matrix, and those that this machine lacks."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ["cpu", "sim", *(name for name in there if there[name])], [name for name in there if not there[name]]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    there, missing = devices()
+    chosen = config.getoption("lm_device")
+    lacks = f" (this machine has no {', no '.join(missing)})" if missing else ""
+    return f"device matrix: {chosen or ', '.join(there)}{lacks}"
+
+
+@pytest.hookimpl(trylast=True)  # the device stands last in an id
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marks = metafunc.definition.iter_markers("parametrize")
+    own = any(
+        "device" in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]) for mark in marks
+    )
+    if "device" not in metafunc.fixturenames or own:
+        return
+    chosen = metafunc.config.getoption("lm_device")
+    slow = {name for mark in metafunc.definition.iter_markers("slow_on") for name in mark.args}
+    metafunc.parametrize(
+        "device",
+        [
+            pytest.param(name, marks=[pytest.mark.slow] if name in slow else [])
+            for name in ([chosen] if chosen else devices()[0])
+        ],
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

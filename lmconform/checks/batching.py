@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmconform.cases import Choice, Span
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -99,13 +100,16 @@ def check_row_independence(subject: Specimen, ctx: Context) -> None:
 
 def cross_row_hint(mask: str) -> str:
     if mask == "none":
-        return (
+        return Hint(
             "something mixes rows: a mean or norm over dimension 0, BatchNorm, a view or reshape that moves batch into "
-            "heads or time ([batch, time] taken for [time, batch]), or a buffer sized for one row"
+            "heads or time ([batch, time] taken for [time, batch]), or a buffer sized for one row",
+            "batch.cross_row",
         )
-    return (
+    return Hint(
         "if rows without padding pass, one row's mask serves all: look for mask[0], mask.any(0), lengths.max() or "
-        "mask.sum() where each row's own is meant, and for positions computed from the first row"
+        "mask.sum() where each row's own is meant, and for positions computed from the first row",
+        "batch.cross_row",
+        "position.shared_row",
     )
 
 
@@ -135,6 +139,10 @@ def check_permutation(subject: Specimen, ctx: Context) -> None:
             expected,
             "logits of a row depend on where in the batch it stands",
             where=f"{case.rows} rows, mask {case.mask}",
-            hint="one row is treated apart: an index [0] or [-1] into the batch, a state or mask of the first row "
-            "used for all, or rows summed up along the batch",
+            hint=Hint(
+                "one row is treated apart: an index [0] or [-1] into the batch, a state or mask of the first row "
+                "used for all, or rows summed up along the batch",
+                "batch.cross_row",
+                "position.shared_row",
+            ),
         )

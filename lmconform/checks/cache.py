@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import tolerance
 from lmconform.cases import Choice, Span
 from lmconform.checks.padding import mask_for
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -121,9 +122,16 @@ def check_reuse(subject: Specimen, ctx: Context) -> None:
         itself = isinstance(cache, tuple)
         what = "the same tuple cache, used twice," if itself else "deep copies of one prefix cache"
         hint = (
-            "the cache is changed in place (index_copy_, a preallocated buffer): give back new tensors"
+            Hint(
+                "the cache is changed in place (index_copy_, a preallocated buffer): give back new tensors",
+                "cache.mutated_in_place",
+            )
             if itself
-            else "the copies share memory or state (a __deepcopy__ that copies references, tensors kept on the module)"
+            else Hint(
+                "the copies share memory or state (a __deepcopy__ that copies references, tensors kept on the module)",
+                "cache.mutated_in_place",
+                "state.carried_over",
+            )
         )
 
         first, second, third = (cache,) * 3 if itself else tuple(_deep_copy(ctx, cache) for _ in range(3))
@@ -173,11 +181,16 @@ def check_reorder(subject: Specimen, ctx: Context) -> None:
             sequences = torch.cat([sequences[order], token], dim=1)
             logits, cache = _step(subject, ctx, token, cache)
             ctx.equal(
-                logits, subject.logits(sequences)[:, -1:], "logits after reordering the cache differ from recomputing",
+                logits,
+                subject.logits(sequences)[:, -1:],
+                "logits after reordering the cache differ from recomputing",
                 where=f"step {step}, beam order {order.tolist()}, reordered by {way}",
-                hint="some layer's keys, values or state were not index_select-ed along the batch dimension, or the "
-                "model keeps something per row outside the cache",
-            )  # fmt: skip
+                hint=Hint(
+                    "some layer's keys, values or state were not index_select-ed along the batch dimension, or the "
+                    "model keeps something per row outside the cache",
+                    "cache.not_reordered",
+                ),
+            )
 
 
 def _compare_chunks(subject: Specimen, ctx: Context, sizes: Sequence[int], masks: str, message: str) -> None:
@@ -214,22 +227,40 @@ def _likely(wrong: Sequence[int], starts: Sequence[int], sizes: Sequence[int], w
         return ""
     first = wrong[0]
     if first < sizes[0]:
-        return "already the first chunk differs, on no past at all: use_cache=True takes another path"
+        return Hint(
+            "already the first chunk differs, on no past at all: use_cache=True takes another path",
+            "mask.off_by_one",
+            "mask.missing",
+            "mask.fast_path",
+        )
     if window is not None and window - 1 <= first <= window + max(sizes):
-        return f"wrong from position {first} on, at the sliding window of {window}: the cache cuts at another place"
+        return Hint(
+            f"wrong from position {first} on, at the sliding window of {window}: the cache cuts at another place",
+            "mask.window",
+            "cache.truncated",
+        )
     openers = set(starts[1:])
     if any(size > 1 for size in sizes[1:]) and not openers & set(wrong):
-        return (
+        return Hint(
             f"the first token of each chunk is right and later ones are wrong (from position {first}): in a chunk, "
-            "query i sees past + i + 1 keys; align the causal mask with the last key (tril with diagonal=past)"
+            "query i sees past + i + 1 keys; align the causal mask with the last key (tril with diagonal=past)",
+            "mask.query_offset",
+            "mask.fast_path",
         )
     if first == sizes[0]:
-        return (
+        return Hint(
             f"wrong from the first cached token on (position {first}): position ids restart at 0 instead of at the "
             "cached length, the cached keys (the recurrent state) are not used or stale, or the mask covers the new "
-            "tokens only"
+            "tokens only",
+            "position.restarts_on_decode",
+            "cache.wrong_value",
+            "cache.stale",
+            "cache.ignored",
         )
-    return f"right up to position {first - 1}: the cache drops, overwrites or misplaces tokens beyond that length"
+    return Hint(
+        f"right up to position {first - 1}: the cache drops, overwrites or misplaces tokens beyond that length",
+        "cache.truncated",
+    )
 
 
 def _ragged(ctx: Context, total: int, seed: int) -> list[int]:
@@ -250,7 +281,7 @@ def _step(subject: Specimen, ctx: Context, ids: Tensor, cache: Any, mask: Tensor
     if output.cache is None:
         ctx.fail(
             f"forward() on {'a' if cache is not None else 'no'} cache gave no cache back",
-            hint="return the grown cache whenever use_cache=True",
+            hint=Hint("return the grown cache whenever use_cache=True", "cache.ignored"),
         )
     return output.logits, output.cache
 

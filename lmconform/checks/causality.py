@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
 from lmconform.checks.padding import mask_for
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -80,19 +81,23 @@ def leak_hint(subject: Specimen, specimen: Specimen, ctx: Context, kind: str) ->
         return (change > tolerance.allowed(measured.noise, logits[-1])).any(dim=-1)
 
     if specimen is not subject and not bool(moved(subject).any()):
-        return (
+        return Hint(
             "the mask is soft: it adds a finite number (-5, -1e4) that larger scores outweigh, or it is added before "
-            "the scores are scaled; use -inf or torch.finfo(dtype).min, after scaling"
+            "the scores are scaled; use -inf or torch.finfo(dtype).min, after scaling",
+            "mask.soft",
         )
     if kind == "ones" and not bool(moved(specimen, None).any()):
-        return (
+        return Hint(
             "without attention_mask there is no leak, so the branch that takes one builds no causal mask, or puts the "
-            "padding mask in its place"
+            "padding mask in its place",
+            "mask.fast_path",
         )
     if kind in ("left", "right") and not bool(moved(specimen, None).any()):
-        return (
+        return Hint(
             "without padding there is no leak: either the padding mask takes the causal mask's place, or real tokens "
-            "look at padding, whose own rows are masked everywhere and so average over all tokens"
+            "look at padding, whose own rows are masked everywhere and so average over all tokens",
+            "mask.fast_path",
+            "mask.padding_ignored",
         )
     return hint_from(moved(specimen), layers_of(subject))
 
@@ -109,22 +114,31 @@ def hint_from(moved: Tensor, layers: int) -> str:
     if count < len(rows):
         starts = leaking.nonzero().flatten()
         if int(starts[0]) >= 8 and count >= len(rows) - int(starts[0]):
-            return (
+            return Hint(
                 f"the leak starts at position {int(starts[0])}: look for a mask buffer, block size or fast path of "
-                "that length"
+                "that length",
+                "mask.block_leak",
+                "mask.fast_path",
             )
-        return (
+        return Hint(
             f"only {count} of {len(rows)} positions see the future, so the mask is right in part: look for a mask in "
-            "blocks (padded up to a block, or tril inside chunks), one branch, or one head"
+            "blocks (padded up to a block, or tril inside chunks), one branch, or one head",
+            "mask.block_leak",
+            "mask.inverted",
         )
     if reach <= layers:
-        return (
+        return Hint(
             "every position sees about one token ahead in each layer: the diagonal of the causal mask is off by one "
-            "(tril(diagonal=1), triu(diagonal=2), > for >=), or targets are mixed into the inputs"
+            "(tril(diagonal=1), triu(diagonal=2), > for >=), or targets are mixed into the inputs",
+            "mask.off_by_one",
         )
-    return (
+    return Hint(
         "every position sees the whole future: the causal mask is missing, inverted or never added to the scores "
-        "(is_causal=True forgotten), if only in one layer or head, or something averages over time"
+        "(is_causal=True forgotten), if only in one layer or head, or something averages over time",
+        "mask.missing",
+        "mask.inverted",
+        "norm.over_sequence",
+        "mask.fast_path",
     )
 
 
@@ -297,8 +311,11 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
             single = [train(rows[t : t + 1], None if mask is None else mask[:1]) for t in range(time)]
             logits = torch.cat(single)
             hint = train_hint(copied) or (
-                "the branch for training has another mask (is_causal, or the mask itself, is only set in eval), or it "
-                "mixes over time: statistics over the sequence, a loss chunked the wrong way"
+                Hint(
+                    "the branch for training has another mask (is_causal, or the mask itself, is only set in eval), or "
+                    "it mixes over time: statistics over the sequence, a loss chunked the wrong way",
+                    "mask.train_only",
+                )
             )
         ctx.equal(
             torch.where(compared[..., None], logits, expected),
@@ -317,9 +334,11 @@ def train_hint(subject: Specimen) -> str:
 
     for name, part in subject.module.named_modules():
         if isinstance(part, _BatchNorm):
-            return (
+            return Hint(
                 f"{name} is {type(part).__name__}: in train mode its statistics run over batch and time, so every "
-                "position sees all tokens; use LayerNorm or RMSNorm"
+                "position sees all tokens; use LayerNorm or RMSNorm",
+                "norm.over_sequence",
+                "batch.cross_row",
             )
     return ""
 
@@ -399,9 +418,11 @@ def check_cached_chunk(subject: Specimen, ctx: Context) -> None:
             watched(chunk, None, ids.device),
             "in a chunk fed on top of a cache, logits up to t change when only tokens after t change",
             where=f"prefix {prefix}, chunk {chunk}, mask {case.mask}",
-            hint=lambda: (
+            hint=lambda: Hint(
                 "the causal mask of a chunk on top of a cache is missing or shifted: queries stand at past + i, so it "
-                "is tril(diagonal=past) of [chunk, past + chunk], and it must not be left out because a cache is there"
+                "is tril(diagonal=past) of [chunk, past + chunk], and it must not be left out because a cache is there",
+                "mask.query_offset",
+                "mask.fast_path",
             ),
             noise=subject.noise,
             axes=("chunk tokens changed after position", "seen at chunk position", "token"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmconform.cases import Choice, Span
 from lmconform.checks.positions import SUBSET, states
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -88,13 +89,20 @@ def dependence(
     if not logits.requires_grad:
         ctx.fail(
             "logits carry no gradient back to inputs_embeds",
-            hint="the forward pass detaches: no_grad(), detach(), .data or a round trip through numpy",
+            hint=Hint(
+                "the forward pass detaches: no_grad(), detach(), .data or a round trip through numpy",
+                "grad.wrong",
+                "grad.dead_parameter",
+            ),
         )
     at = torch.tensor(list(asked), device=logits.device)
     total = (logits[torch.arange(rows, device=logits.device), at] @ projection.to(logits)).sum()
     (gradient,) = torch.autograd.grad(total, embeds, allow_unused=True)
     if gradient is None:
-        ctx.fail("logits do not depend on inputs_embeds", hint="inputs_embeds is taken by forward() and then ignored")
+        ctx.fail(
+            "logits do not depend on inputs_embeds",
+            hint=Hint("inputs_embeds is taken by forward() and then ignored", "embeds.path_differs"),
+        )
     return gradient.abs().amax(dim=-1)
 
 
@@ -107,13 +115,21 @@ def blind_hint(table: Tensor, field: Tensor) -> str:
     nearest = int(distance[field & (table == 0)].min())
     farthest = int(distance[field & (table != 0)].max()) if bool((field & (table != 0)).any()) else -1
     if farthest <= 0:
-        return (
+        return Hint(
             "no position depends on any other: attention is switched off (a gate at 0, a projection of zeros), or keys "
-            "and values are detached on their way"
+            "and values are detached on their way",
+            "attention.gated_off",
+            "grad.wrong",
         )
     if farthest < nearest:
-        return (
+        return Hint(
             f"no position sees further back than {farthest} tokens: a sliding window or chunk that no config states, "
-            "or a mask that is cut too narrow"
+            "or a mask that is cut too narrow",
+            "mask.window",
         )
-    return "the mask hides too much, attention is saturated (unscaled scores), or a part of the path is detached"
+    return Hint(
+        "the mask hides too much, attention is saturated (unscaled scores), or a part of the path is detached",
+        "mask.window",
+        "mask.inverted",
+        "attention.unscaled",
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmconform.checks.shared_sweep import good_rate, trainable_size
+from lmconform.context import Hint
 from lmconform.registry import register_check
 from lmconform.sweep.corpus import end_of_text, entropy, rule_corpus
 
@@ -86,24 +87,27 @@ def check_tokens(subject: Specimen, ctx: Context) -> None:
             f"after {STEPS} steps the end-of-text token has {float(shares[end]):.1%} of the predicted probability; "
             f"it is {float(corpus[end]):.1%} {text}",
             where=f"token {end}",
-            hint="the labels hold far more ends than the text (padding that is labelled with EOS, empty examples, "
-            "rolled targets: see collapse.labels), or the loss weighs EOS up",
+            hint=Hint("the labels hold far more ends than the text (padding that is labelled with EOS, empty examples, "
+            "rolled targets: see collapse.labels), or the loss weighs EOS up", "collapse.eos", "data.eos_pollution"),
         )  # fmt: skip
     ctx.within(
         float(shares[top]), max(TOP_TIMES * float(corpus.max()), float(corpus.max()) + SLACK),
         f"after {STEPS} steps one token has {float(shares[top]):.1%} of the predicted probability; the most frequent "
         f"one is {float(corpus.max()):.1%} {text}",
         where=f"token {top}",
-        hint="a term of the loss rewards saying one token: a diversity term with the wrong sign, or one that has "
-        "saturated and left the rest to pull alone; or the labels are mostly that token",
+        hint=Hint("a term of the loss rewards saying one token: a diversity term with the wrong sign, or one that has "
+        "saturated and left the rest to pull alone; or the labels are mostly that token", "collapse.single_token"),
     )  # fmt: skip
     if spread < SPREAD * own:
         ctx.fail(
             f"after {STEPS} steps the predictions spread over {spread:.1f} tokens, the corpus over {own:.1f}: "
             "most of the vocabulary is never said",
-            measured=own / spread, allowed=1 / SPREAD,
-            hint="the loss sharpens the prediction, or whole classes of tokens never are labels",
-        )  # fmt: skip
+            measured=own / spread,
+            allowed=1 / SPREAD,
+            hint=Hint(
+                "the loss sharpens the prediction, or whole classes of tokens never are labels", "collapse.single_token"
+            ),
+        )
 
 
 @register_check(
@@ -135,16 +139,27 @@ def check_samples(subject: Specimen, ctx: Context) -> None:
     repeats, usual = _repeats(samples), _repeats(text)
     ctx.note(f"distinct pairs {distinct:.0%} (corpus {own:.0%}), repeats {repeats:.0%} (corpus {usual:.0%})")
     ctx.within(
-        repeats, usual + REPEATS, f"samples of the trained model repeat the token before {repeats:.0%} of the time; "
+        repeats,
+        usual + REPEATS,
+        f"samples of the trained model repeat the token before {repeats:.0%} of the time; "
         f"{found.said_of} does {usual:.0%} of the time",
-        hint="the model has learnt to copy what it sees, the target itself (no causal mask), or says one token",
-    )  # fmt: skip
+        hint=Hint(
+            "the model has learnt to copy what it sees, the target itself (no causal mask), or says one token",
+            "training.label_leak",
+            "mask.missing",
+        ),
+    )
     if distinct < DISTINCT * own:
         ctx.fail(
             f"samples of the trained model hold {distinct:.0%} distinct pairs of tokens, {found.said_of} {own:.0%}",
-            measured=own / max(distinct, 1e-9), allowed=1 / DISTINCT,
-            hint="the predictions have collapsed to a few tokens; collapse.tokens says which",
-        )  # fmt: skip
+            measured=own / max(distinct, 1e-9),
+            allowed=1 / DISTINCT,
+            hint=Hint(
+                "the predictions have collapsed to a few tokens; collapse.tokens says which",
+                "collapse.single_token",
+                "collapse.eos",
+            ),
+        )
 
 
 # -- training ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 from lmconform.specimen import Specimen
@@ -102,8 +103,11 @@ def check_knobs(subject: Specimen, ctx: Context) -> None:
             f"{_value(subject.config, first.field)!r} leaves {effects[first.axis]} as they were"
             + (f" (nor do {', '.join(knob.field for knob in silent[1:])})" if silent[1:] else ""),
             where=", ".join(knob.field for knob in silent),
-            hint="the value is written into the code instead of read from the config, or the field is read under "
-            "another name",
+            hint=Hint(
+                "the value is written into the code instead of read from the config, or the field is read under "
+                "another name",
+                "config.unread",
+            ),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmconform.cases import Choice, Span
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def check_shape(subject: Specimen, ctx: Context) -> None:
         if list(logits.shape) != expected:
             ctx.fail(
                 f"logits are {list(logits.shape)}, expected [batch, time, vocab] = {expected}",
-                hint="a squeeze() or a view that drops a dimension of size 1",
+                hint=Hint("a squeeze() or a view that drops a dimension of size 1", "contract.shape_wrong"),
             )
         if not logits.is_floating_point():
             ctx.fail(f"logits are {logits.dtype}, expected a floating type")
@@ -67,7 +68,11 @@ def check_finite(subject: Specimen, ctx: Context) -> None:
             ctx.fail(
                 f"{int(bad.sum())} of {bad.numel()} logits are NaN or infinite on {case.kind} input",
                 where=f"row {row}, position {position}, token {token}",
-                hint="a division by zero, a softmax over a fully masked row, or an overflow",
+                hint=Hint(
+                    "a division by zero, a softmax over a fully masked row, or an overflow",
+                    "norm.epsilon",
+                    "mask.padding_nan",
+                ),
             )
 
 
@@ -99,7 +104,10 @@ def check_repeatable(subject: Specimen, ctx: Context) -> None:
             ctx.fail(
                 f"a forward in eval mode changed the model's own weights: {', '.join(parameters[:3])}"
                 + (f" and {len(parameters) - 3} more" if len(parameters) > 3 else ""),
-                hint="an in-place operation on a parameter (add_, mul_, copy_ on .data) inside forward()",
+                hint=Hint(
+                    "an in-place operation on a parameter (add_, mul_, copy_ on .data) inside forward()",
+                    "state.carried_over",
+                ),
             )
         again = subject.logits(ids)
         if not _same_bits(first[ids.shape[1]], again):
@@ -151,13 +159,19 @@ def _differs_again(
     row, position, _ = (first != again).nonzero()[0].tolist()
     where = f"row {row}, position {position} first"
     if random:
-        hint = "dropout (or other noise) is active in eval: pass training=self.training to F.dropout, or use nn.Dropout"
+        hint = Hint(
+            "dropout (or other noise) is active in eval: pass training=self.training to F.dropout, or use nn.Dropout",
+            "dropout.in_eval",
+        )
         ctx.fail("two eval calls on the same tokens give different logits: they depend on the random state",
                  measured=size, allowed=0.0, where=where, hint=hint)  # fmt: skip
     if changed:
-        hint = f"forward() writes to the buffer {changed[0]} in eval mode"
+        hint = Hint(f"forward() writes to the buffer {changed[0]} in eval mode", "state.carried_over")
     else:
-        hint = "state kept on the module from the call before (a cache, a mask or positions stored as an attribute)"
+        hint = Hint(
+            "state kept on the module from the call before (a cache, a mask or positions stored as an attribute)",
+            "state.carried_over",
+        )
     then = {"nothing": "", "other_tokens": " after a call on other tokens", "longer": " after a longer call",
             "padded": " after a call with padding", "cached": " after a call with use_cache"}[between]  # fmt: skip
     ctx.fail(f"the same tokens give different logits the second time{then}: something is carried from call to call",

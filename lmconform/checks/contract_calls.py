@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import structure
 from lmconform.cases import Choice
 from lmconform.checks.first_block import constant_inputs
+from lmconform.context import Hint
 from lmconform.conventions import ConventionError, first_line, shapes
 from lmconform.registry import register_check
 
@@ -50,8 +51,12 @@ def check_inputs_untouched(subject: Specimen, ctx: Context) -> None:
                     ctx.fail(
                         f"the caller's {name} {change}",
                         where="train mode" if train else "",
-                        hint="an in-place operation (masked_fill_, x[...] = ..., +=) on an argument of forward(): "
-                        "clone it first",
+                        hint=Hint(
+                            "an in-place operation (masked_fill_, x[...] = ..., +=) on an argument of forward(): "
+                            "clone it first",
+                            "inputs.mutated",
+                            "cache.mutated_in_place",
+                        ),
                     )
 
 
@@ -180,30 +185,37 @@ def check_mode_kept(subject: Specimen, ctx: Context) -> None:
             ctx.fail(
                 f"a forward switched {len(switched)} of {len(modes)} modules out of {was} mode",
                 where=switched[0] or "the model itself",
-                hint="eval() or train() is called inside forward() and not undone",
+                hint=Hint("eval() or train() is called inside forward() and not undone", "mode.not_restored"),
             )
         if moved := [n for n, p in module.named_parameters() if trained.get(n, p.requires_grad) != p.requires_grad]:
             ctx.fail(
                 f"a forward changed requires_grad of {len(moved)} parameters",
                 where=moved[0],
-                hint="requires_grad_() is called inside forward()",
+                hint=Hint("requires_grad_() is called inside forward()", "mode.not_restored"),
             )
         if left_grad != grad:
             ctx.fail(
                 f"a forward left gradients switched {'on' if left_grad else 'off'}",
-                hint="torch.set_grad_enabled() is called as a function inside forward(): use it as a context",
+                hint=Hint(
+                    "torch.set_grad_enabled() is called as a function inside forward(): use it as a context",
+                    "mode.not_restored",
+                ),
             )
         if left_dtype != dtype:
             ctx.fail(
                 f"a forward changed the default dtype from {dtype} to {left_dtype}",
-                hint="torch.set_default_dtype() inside forward() is never set back",
+                hint=Hint("torch.set_default_dtype() inside forward() is never set back", "mode.not_restored"),
             )
         if case.mode in ("eval", "no_grad"):
             for name in (name for name in states if states[name] != left_states[name]):
                 ctx.fail(
                     f"a forward in eval mode moved {name} global random state",
-                    hint="random numbers are drawn, or a seed is set, in forward(): draw only in training, "
-                    "from a generator of its own",
+                    hint=Hint(
+                        "random numbers are drawn, or a seed is set, in forward(): draw only in training, "
+                        "from a generator of its own",
+                        "mode.not_restored",
+                        "dropout.in_eval",
+                    ),
                 )
 
 
@@ -273,7 +285,10 @@ def _id_too_large(subject: Specimen, ctx: Context) -> Attempt:
     rows = max([subject.vocab_size, *_rows_for(subject, ids)])  # padded tables, a start token: rows are legal ids
     ids[0, 1] = rows
     what = f"token id {rows} (the vocabulary ends at {rows - 1})"
-    hint = "ids are clamped or taken modulo the vocabulary: an off-by-one in the tokenizer or its size stays unseen"
+    hint = Hint(
+        "ids are clamped or taken modulo the vocabulary: an off-by-one in the tokenizer or its size stays unseen",
+        "contract.bad_input_accepted",
+    )
     return what, lambda: subject.logits(ids), _garbage, hint
 
 
@@ -301,13 +316,19 @@ def _rows_for(subject: Specimen, ids: Tensor) -> list[int]:
 def _id_negative(subject: Specimen, ctx: Context) -> Attempt:
     ids = ctx.ids(1, 4).cpu()
     ids[0, 1] = -1
-    hint = "weight[ids] counts negative ids from the end of the table: use F.embedding, or reject ids below 0"
+    hint = Hint(
+        "weight[ids] counts negative ids from the end of the table: use F.embedding, or reject ids below 0",
+        "contract.bad_input_accepted",
+    )
     return "token id -1", lambda: subject.logits(ids), _garbage, hint
 
 
 def _float_ids(subject: Specimen, ctx: Context) -> Attempt:
     ids = ctx.ids(1, 4).cpu().float() + 0.5
-    hint = "ids are cast with .long(), which cuts the fraction off: reject ids that are not integers"
+    hint = Hint(
+        "ids are cast with .long(), which cuts the fraction off: reject ids that are not integers",
+        "contract.bad_input_accepted",
+    )
     return f"float token ids such as {float(ids[0, 0])}", lambda: subject.logits(ids), _garbage, hint
 
 
@@ -350,7 +371,11 @@ def _too_long(subject: Specimen, ctx: Context) -> Attempt | None:
         one, other = sorted(divmod(int(distance.argmin()), time))
         return f"position {other}, beyond the context of {context}, gets the encoding of position {one}"
 
-    hint = "positions are clamped, or taken modulo the table: raise for more tokens than the table has rows"
+    hint = Hint(
+        "positions are clamped, or taken modulo the table: raise for more tokens than the table has rows",
+        "contract.bad_input_accepted",
+        "position.collision",
+    )
     return f"{time} tokens, more than the context of {context},", lambda: subject.logits(ids), judge, hint
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
+from lmconform.context import Hint
 from lmconform.ranks import measure_together
 from lmconform.registry import register_check
 
@@ -71,18 +72,26 @@ def check_fsdp(subject: Specimen, ctx: Context) -> None:
         )  # fmt: skip
     resumed = found["resumed"]
     ctx.equal(
-        resumed["loaded"].to(subject.dtype), resumed["sharded"].to(subject.dtype),
+        resumed["loaded"].to(subject.dtype),
+        resumed["sharded"].to(subject.dtype),
         "weights gathered from all ranks and loaded into one process give other logits than the sharded model",
-        hint="something that decides the logits is not in the state dict, or is kept per rank",
-    )  # fmt: skip
+        hint=Hint(
+            "something that decides the logits is not in the state dict, or is kept per rank",
+            "distributed.replicas_diverge",
+        ),
+    )
     drift = (
         tolerance.allowed(subject.noise, resumed["single"].to(subject.dtype)) * 4
     )  # three steps' rounding, and the first
     ctx.equal(
-        resumed["sharded"].to(subject.dtype), resumed["single"].to(subject.dtype),
+        resumed["sharded"].to(subject.dtype),
+        resumed["single"].to(subject.dtype),
         "after 3 optimizer steps the sharded model's logits differ from those of one process that saw the same batches",
-        hint="a weight is updated on one rank only, or its gradient is not reduced", allowed=drift,
-    )  # fmt: skip
+        hint=Hint(
+            "a weight is updated on one rank only, or its gradient is not reduced", "distributed.replicas_diverge"
+        ),
+        allowed=drift,
+    )
 
 
 # -- judging -------------------------------------------------------------------------------------------------------
@@ -123,17 +132,24 @@ def _blame(
     if name == "uneven":
         message = f"gradients of two ranks with uneven numbers of labels differ from one process's under {how}"
         hint = (
-            "num_items_in_batch is the number of labels in all ranks: the loss is the sum over the rank's labels "
-            "divided by it, and not divided again by its own count"
+            Hint(
+                "num_items_in_batch is the number of labels in all ranks: the loss is the sum over the rank's labels "
+                "divided by it, and not divided again by its own count",
+                "distributed.rank_accumulation",
+            )
             if items
-            else "the loss is neither a mean over the rank's labels nor summed over all ranks' labels and multiplied "
-            "by the number of ranks (DDP averages gradients): a mean of means, or a missing factor"
+            else Hint(
+                "the loss is neither a mean over the rank's labels nor summed over all ranks' labels and multiplied "
+                "by the number of ranks (DDP averages gradients): a mean of means, or a missing factor",
+                "distributed.rank_accumulation",
+            )
         )
     else:
         message = f"gradients of two ranks differ from one process's under {how}"
-        hint = (
+        hint = Hint(
             "a parameter is left out of the reduction (_ddp_params_and_buffers_to_ignore, made after wrapping, used "
-            "outside forward), the loss is scaled by the world size, or statistics of the batch enter the model"
+            "outside forward), the loss is scaled by the world size, or statistics of the batch enter the model",
+            "distributed.replicas_diverge",
         )
     ctx.fail(
         message, measured=measured, allowed=bound, hint=hint,
@@ -173,16 +189,27 @@ def _same_replicas(ctx: Context, apart: dict[str, float], when: str, *, start: b
     if tensors:
         ctx.fail(
             f"the ranks hold different weights or buffers {when}: {', '.join(tensors[:3])}",
-            measured=differing[tensors[0]], allowed=0.0, where=tensors[0],
-            hint="it is not broadcast (_ddp_params_and_buffers_to_ignore, or made later)"
+            measured=differing[tensors[0]],
+            allowed=0.0,
+            where=tensors[0],
+            hint=Hint(
+                "it is not broadcast (_ddp_params_and_buffers_to_ignore, or made later)", "distributed.replicas_diverge"
+            )
             if start
-            else "each rank updates it from its own data: statistics need an all_reduce (SyncBatchNorm), parameters a "
-            "reduced gradient; DDP copies rank 0's buffers only when the next forward begins",
-        )  # fmt: skip
+            else Hint(
+                "each rank updates it from its own data: statistics need an all_reduce (SyncBatchNorm), parameters a "
+                "reduced gradient; DDP copies rank 0's buffers only when the next forward begins",
+                "distributed.replicas_diverge",
+            ),
+        )
     if differing:
         ctx.fail(
             f"the ranks hold the same weights and give different logits {when}",
-            measured=differing["logits"], allowed=0.0,
-            hint="something drawn at random or counted by each rank is neither a parameter nor a buffer, so nothing "
-            "broadcasts it: register it as a buffer",
-        )  # fmt: skip
+            measured=differing["logits"],
+            allowed=0.0,
+            hint=Hint(
+                "something drawn at random or counted by each rank is neither a parameter nor a buffer, so nothing "
+                "broadcasts it: register it as a buffer",
+                "distributed.replicas_diverge",
+            ),
+        )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lmconform.cases import Choice, Span
 from lmconform.checks.padding import mask_for
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -56,9 +57,13 @@ def check_equal(subject: Specimen, ctx: Context) -> None:
         if given is not None:  # what comes out at padding means nothing
             by_ids, by_embeds = (out * given[:, -rest.shape[1] :, None] for out in (by_ids, by_embeds))
         ctx.equal(
-            by_embeds, by_ids,
+            by_embeds,
+            by_ids,
             "logits of inputs_embeds differ from those of the input_ids they stand for" + " on a cache" * (past > 0),
             where=f"{rest.shape[1]} tokens after {past} cached ones" if past else f"{rest.shape[1]} tokens",
-            hint="whatever is done to the token embeddings (scale, positions, dropout, normalisation, a sequence "
-            "length or a mask read from input_ids) must be done on both paths: look at the branch on inputs_embeds",
-        )  # fmt: skip
+            hint=Hint(
+                "whatever is done to the token embeddings (scale, positions, dropout, normalisation, a sequence "
+                "length or a mask read from input_ids) must be done on both paths: look at the branch on inputs_embeds",
+                "embeds.path_differs",
+            ),
+        )

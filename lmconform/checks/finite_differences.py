@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
 from lmconform.checks.gradients import REQUIRES, projected_gradients, projection, without_dropout
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 
@@ -192,9 +193,9 @@ def judge_groups(ctx: Context, found: list[tuple[float, float, str, str]]) -> No
         ctx.within(
             measured, allowed, f"gradient of {group} disagrees with finite differences of the logits (relative)",
             where=f"{group}: {figures}{context}",
-            hint="at or just after the last wrong part, a piece of the forward pass is hidden from autograd or "
+            hint=Hint("at or just after the last wrong part, a piece of the forward pass is hidden from autograd or "
             "replaced in it: detach(), .data, no_grad(), a straight-through rounding, a hand-written backward(), a "
-            "hook that scales gradients",
+            "hook that scales gradients", "grad.wrong"),
         )  # fmt: skip
 
 

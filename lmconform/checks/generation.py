@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.generating import Generator, pad_for
 from lmconform.registry import register_check
@@ -43,10 +44,12 @@ def check_greedy(subject: Specimen, ctx: Context) -> None:
         ids = ctx.ids(case.batch, subject.longest(case.time + new) - new)
         made, chosen_from = generator.greedy_with_logits(ids, new)
         _whole(subject, ctx, made, new)
-        hint = (
+        hint = Hint(
             "generate() feeds other inputs than forward() got here: the prompt cut, the cache stale, position_ids not "
             "advancing by one each step or counted from another start, the last token given twice, or the logits of "
-            "another position read"
+            "another position read",
+            "generation.inputs_differ",
+            "position.restarts_on_decode",
         )
         _expect_argmax(
             subject, ctx, ids, made, "greedy generate() leaves the argmax of plain forwards", hint,
@@ -84,9 +87,12 @@ def check_batch(subject: Specimen, ctx: Context) -> None:
         extra: dict[str, Any] = {"pad_token_id": pad} if generator.offers("pad_token_id") else {}
         made, chosen_from = generator.greedy_with_logits(ids, case.new, mask=mask, **extra)
         _whole(subject, ctx, made, case.new)
-        hint = (
+        hint = Hint(
             "in every step of generate(): the attention_mask must reach forward() and grow by one, and position_ids "
-            "must not count padding (attention_mask.cumsum(-1) - 1)"
+            "must not count padding (attention_mask.cumsum(-1) - 1)",
+            "mask.padding_ignored",
+            "position.ignores_mask",
+            "generation.mask_hidden",
         )
         for row, length in enumerate(lengths):
             _expect_argmax(
@@ -161,7 +167,10 @@ def check_stops(subject: Specimen, ctx: Context) -> None:
         if free.shape[1] != new:
             ctx.fail(
                 f"generate() gave {free.shape[1]} new tokens where max_new_tokens={new} and nothing else ends it",
-                hint="max_new_tokens counts new tokens only: not the prompt, and not one more or less",
+                hint=Hint(
+                    "max_new_tokens counts new tokens only: not the prompt, and not one more or less",
+                    "generation.stop_ignored",
+                ),
             )
         at = min(case.at, new - 1)
         if case.kind == "max_new_tokens":
@@ -230,11 +239,18 @@ def check_beams(subject: Specimen, ctx: Context) -> None:
         # a log-probability is off by at most twice what its logits are off by
         bound = 2 * tolerance.allowed(subject.noise, logits) * float((lengths / lengths.double() ** case.penalty).max())
         ctx.equal(
-            found.scores.double(), rescored, "a beam's score differs from its rescored log-probability",
-            allowed=bound, axes=("beam",),
-            hint="the cache was not reordered with the beams, scores were added up before log_softmax, or the length "
-            "penalty divides by another length",
-        )  # fmt: skip
+            found.scores.double(),
+            rescored,
+            "a beam's score differs from its rescored log-probability",
+            allowed=bound,
+            axes=("beam",),
+            hint=Hint(
+                "the cache was not reordered with the beams, scores were added up before log_softmax, or the length "
+                "penalty divides by another length",
+                "generation.beam_score_wrong",
+                "cache.not_reordered",
+            ),
+        )
 
 
 @register_check(
@@ -271,9 +287,10 @@ def check_no_mask(subject: Specimen, ctx: Context) -> None:
                 raise
             ctx.not_applicable(f"forward() takes no attention_mask ({first_line(error)[:120]})")
         shown = f"forward({', '.join(_parameter_names(subject))})"
-        hint = (
+        hint = Hint(
             f"generate() looks for attention_mask in the signature of forward(), which reads {shown}: name it there "
-            "(functools.wraps keeps a wrapped signature), and make a mask of ones where None arrives"
+            "(functools.wraps keeps a wrapped signature), and make a mask of ones where None arrives",
+            "generation.mask_hidden",
         )
         try:
             left_out = generator.greedy(ids, new, **extra)
@@ -296,7 +313,11 @@ def _whole(subject: Specimen, ctx: Context, made: Tensor, new: int) -> Tensor:
     if made.shape[1] != new:
         ctx.fail(
             f"generate() gave {made.shape[1]} new tokens, asked for {new}, and no end-of-text token is set",
-            hint="it stops by itself or counts the prompt, or it does not return the prompt it was given",
+            hint=Hint(
+                "it stops by itself or counts the prompt, or it does not return the prompt it was given",
+                "generation.eos_dominates",
+                "generation.stop_ignored",
+            ),
         )
     _inside_vocabulary(subject, ctx, made)
     return made
@@ -307,7 +328,10 @@ def _inside_vocabulary(subject: Specimen, ctx: Context, made: Tensor) -> None:
     if outside:
         ctx.fail(
             f"generate() gave the token {outside[0]}, outside the vocabulary of {subject.vocab_size}",
-            hint="an index into a cut-down list (top-k) was taken for a token, or an offset was added",
+            hint=Hint(
+                "an index into a cut-down list (top-k) was taken for a token, or an offset was added",
+                "generation.ids_out_of_vocab",
+            ),
         )
 
 
@@ -371,7 +395,10 @@ def _expect_end(
     pad = pad_for(subject, torch.cat([ids.flatten(), free.flatten(), torch.tensor(ends, device=ids.device)]))
     extra: dict[str, Any] = {"pad_token_id": pad} if generator.offers("pad_token_id") else {}
     made = generator.greedy(ids, free.shape[1], eos_token_id=ends if len(ends) > 1 else ends[0], **extra)
-    hint = "the test for the end token must look at the newest token of every row, and finished rows must get padding"
+    hint = Hint(
+        "the test for the end token must look at the newest token of every row, and finished rows must get padding",
+        "generation.stop_ignored",
+    )
     rows = free.tolist()
     stops = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     named = f"end-of-text {' or '.join(map(str, ends))}"
@@ -379,8 +406,9 @@ def _expect_end(
         if len(tokens) < stop:
             ctx.fail(
                 f"generate() ends a row after {len(tokens)} tokens, before its own end after {stop}",
-                where=f"row {row}, {named}", hint="go on until every row has ended or has max_new_tokens",
-            )  # fmt: skip
+                where=f"row {row}, {named}",
+                hint=Hint("go on until every row has ended or has max_new_tokens", "generation.stop_ignored"),
+            )
         if tokens[:stop] != rows[row][:stop]:
             ctx.fail(
                 f"declaring an end-of-text token changes the tokens before it: {tokens[:stop]}, without it "
@@ -396,7 +424,7 @@ def _expect_end(
     if made.shape[1] > max(stops):
         ctx.fail(
             f"generate() went on for {made.shape[1]} steps though every row had ended after {max(stops)}",
-            where=named, hint="leave the loop once all rows are finished",
+            where=named, hint=Hint("leave the loop once all rows are finished", "generation.stop_ignored"),
         )  # fmt: skip
 
 
@@ -414,8 +442,12 @@ def _stop_strings(subject: Specimen, ctx: Context, generator: Generator, ids: Te
     if made.shape[1] > reached:
         ctx.fail(
             f"generate() goes on after the stop string {wanted!r}: {made.shape[1]} tokens, it was complete after "
-            f"{reached}", hint="compare the decoded tail of the text, not single tokens, with the stop strings",
-        )  # fmt: skip
+            f"{reached}",
+            hint=Hint(
+                "compare the decoded tail of the text, not single tokens, with the stop strings",
+                "generation.stop_ignored",
+            ),
+        )
     return True
 
 

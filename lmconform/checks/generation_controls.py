@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.cases import Choice, Span
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.generating import Generator
 from lmconform.registry import register_check
@@ -119,14 +120,17 @@ def _temperature(
     bound = _bound(subject, logits) / value
     wanted = (logits / value).log_softmax(-1)
     seen = wanted > math.log(1e-6)  # below, a probability in a short type has lost its digits
-    hint = "divide the logits by the temperature, once, before softmax"
+    hint = Hint("divide the logits by the temperature, once, before softmax", "generation.control_wrong")
     for name, other in (
         ("multiplied by", logits * value),
         ("not touched by", logits),
         ("divided twice by", logits / value**2),
     ):
         if value != 1 and float((drawn.log() - other.log_softmax(-1))[seen].abs().max()) <= bound * max(value, 1) ** 2:
-            hint = f"the logits are {name} the temperature; divide them by it, once, before softmax"
+            hint = Hint(
+                f"the logits are {name} the temperature; divide them by it, once, before softmax",
+                "generation.control_wrong",
+            )
     ctx.equal(
         drawn.log()[seen], wanted[seen], f"at temperature {value} the log-probabilities drawn from are not "
         f"log_softmax(logits / {value})", where=f"step {step}", allowed=bound, axes=("kept token",), hint=hint,
@@ -151,7 +155,7 @@ def _kept(
     spread = ratios.nan_to_num(nan=-math.inf).amax(-1) - ratios.nan_to_num(nan=math.inf).amin(-1)
     ctx.within(
         float(spread.max()), 2 * bound, f"{name} changes the odds among the tokens that it keeps", where=f"step {step}",
-        hint="set excluded logits to -inf before softmax and leave the others alone",
+        hint=Hint("set excluded logits to -inf before softmax and leave the others alone", "generation.control_wrong"),
     )  # fmt: skip
 
 
@@ -162,7 +166,9 @@ def _top_k(
     # halfway between the last kept and the first excluded, so that a tie of the two passes either way
     best = logits.topk(min(value + 1, logits.shape[-1]), dim=-1).values
     threshold = best[:, value - 1 :].mean(-1, keepdim=True) if best.shape[-1] > value else best[:, -1:]
-    hint = "keep the k largest logits: compare with topk(k).values[..., -1:] of the same row"
+    hint = Hint(
+        "keep the k largest logits: compare with topk(k).values[..., -1:] of the same row", "generation.control_wrong"
+    )
     _kept(ctx, subject, logits, drawn, threshold, f"top_k={value}", step, hint)
 
 
@@ -176,9 +182,10 @@ def _top_p(
     reach = (mass < value - 1e-6).sum(-1, keepdim=True)  # the index of the token that takes the mass over p
     last = ordered.gather(-1, reach)
     following = ordered.gather(-1, (reach + 1).clamp(max=logits.shape[-1] - 1))
-    hint = (
+    hint = Hint(
         "sort by probability, cut after the token that takes the cumulative mass over p (not before it), and put the "
-        "cut back in the order of the vocabulary"
+        "cut back in the order of the vocabulary",
+        "generation.control_wrong",
     )
     _kept(ctx, subject, logits, drawn, (last + following) / 2, f"top_p={value}", step, hint)
 
@@ -189,7 +196,9 @@ def _min_p(
 ) -> None:  # fmt: skip
     """Tokens at least `min_p` times as likely as the most likely one (Nguyen et al. 2024)."""
     threshold = logits.amax(-1, keepdim=True) + math.log(value)
-    hint = "the limit is min_p times the largest probability of the row, not min_p itself"
+    hint = Hint(
+        "the limit is min_p times the largest probability of the row, not min_p itself", "generation.control_wrong"
+    )
     _kept(ctx, subject, logits, drawn, threshold, f"min_p={value}", step, hint)
 
 
@@ -217,11 +226,15 @@ def _repetition_penalty(
     bound = 2 * _bound(subject, logits)
     row, token = divmod(int(moved.nan_to_num(nan=-math.inf).argmax()), moved.shape[-1])
     ctx.within(
-        max(float(moved[row, token]), 0.0), bound,
+        max(float(moved[row, token]), 0.0),
+        bound,
         f"repetition_penalty={value} makes a token that was seen more likely, not less",
         where=f"step {step}, row {row}, token {token}, whose logit is {float(logits[row, token]):.4g}",
-        hint="dividing a negative logit by the penalty raises it: divide positive logits, multiply negative ones",
-    )  # fmt: skip
+        hint=Hint(
+            "dividing a negative logit by the penalty raises it: divide positive logits, multiply negative ones",
+            "generation.penalty_sign",
+        ),
+    )
     telling = seen & (logits.abs() * (1 - 1 / value) > 4 * bound)
     still = telling & (moved.nan_to_num(nan=0.0) > -bound)
     if bool(still.any()):
@@ -229,7 +242,11 @@ def _repetition_penalty(
         ctx.fail(
             f"repetition_penalty={value} leaves a token that was seen as likely as before",
             where=f"step {step}, row {row}, token {token}, whose logit is {float(logits[row, token]):.4g}",
-            hint="it must reach every token of the context, prompt and new tokens, in every row and step",
+            hint=Hint(
+                "it must reach every token of the context, prompt and new tokens, in every row and step",
+                "generation.penalty_sign",
+                "generation.control_wrong",
+            ),
         )
 
 
@@ -237,7 +254,10 @@ def _no_repeat_ngram(
     ctx: Context, subject: Specimen, generator: Generator, value: int, logits: Tensor, drawn: Tensor, before: Tensor,
     step: int,
 ) -> None:  # fmt: skip
-    hint = "ban what followed the last n - 1 tokens wherever they stood before, in each row by its own tokens"
+    hint = Hint(
+        "ban what followed the last n - 1 tokens wherever they stood before, in each row by its own tokens",
+        "generation.control_wrong",
+    )
     for row, tokens in enumerate(before.tolist()):
         tail = tokens[len(tokens) - value + 1 :]
         starts = range(len(tokens) - value + 1)
@@ -273,12 +293,17 @@ def _beams(subject: Specimen, ctx: Context, generator: Generator, beams: int) ->
     second = subject.logits(torch.cat([ids, made[:, :1]], 1))[:, -1].double().log_softmax(-1)
     reached = float(logits.log_softmax(-1)[0, made[0, 0]] + second[0, made[0, 1]])
     ctx.within(
-        max(best - reached, 0.0), 2 * _bound(subject, logits),
+        max(best - reached, 0.0),
+        2 * _bound(subject, logits),
         f"beam search with num_beams={beams} misses the likeliest two tokens: their log-probability is below the best",
         where=f"found {made[0].tolist()} at {reached:.4g}, the best pair has {best:.4g}",
-        hint="scores must add up log-probabilities over steps, candidates come from all beams, and the cache must be "
-        "reordered with them",
-    )  # fmt: skip
+        hint=Hint(
+            "scores must add up log-probabilities over steps, candidates come from all beams, and the cache must be "
+            "reordered with them",
+            "generation.control_wrong",
+            "generation.beam_score_wrong",
+        ),
+    )
 
 
 _EXPECTED = {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import structure, tolerance
 from lmconform.cases import Choice
 from lmconform.checks.unused_parameters import declared_unused
+from lmconform.context import Hint
 from lmconform.excitation import excite
 from lmconform.registry import register_check
 
@@ -49,7 +50,10 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
         ctx.fail(
             f"gradients are NaN or infinite, of {len(broken)} parameters; the last in the model is {broken[-1]}",
             where=f"{broken[-1]}; what comes before it inherits the fault",
-            hint="a division by zero or a sqrt(0) whose branch torch.where() hides forward, but not backward",
+            hint=Hint(
+                "a division by zero or a sqrt(0) whose branch torch.where() hides forward, but not backward",
+                "grad.exploding",
+            ),
         )
     suspects = unreached(quiet, grads)
     for attempt in range(RETRIES if suspects else 0):
@@ -94,10 +98,11 @@ def check_checkpointing(subject: Specimen, ctx: Context) -> None:
         logits, loss, grads = trained_once(checked, ctx, ids, use_cache)
         if not any(count > 1 for count in counts.values()):
             ctx.note("gradient_checkpointing_enable() is taken, but no module was computed again in backward()")
-        hint = (
+        hint = Hint(
             "the block computes something else the second time: state changed by the first run (a cache, a counter), "
             "a closure over a loop variable, an argument left out of the checkpointed call, or a result of a block "
-            "that is never recomputed"
+            "that is never recomputed",
+            "grad.checkpoint_differs",
         )
         ctx.equal(logits, expected_logits, "logits with gradient checkpointing differ from those without", hint=hint)
         ctx.within(
@@ -114,8 +119,11 @@ def check_checkpointing(subject: Specimen, ctx: Context) -> None:
                 ctx.fail(
                     f"{name} has a gradient only {'with' if grad is None else 'without'} gradient checkpointing",
                     where=name,
-                    hint="with use_reentrant=True no input of the block requires a gradient, or a whole block is cut "
-                    "off: call enable_input_require_grads(), or use_reentrant=False",
+                    hint=Hint(
+                        "with use_reentrant=True no input of the block requires a gradient, or a whole block is cut "
+                        "off: call enable_input_require_grads(), or use_reentrant=False",
+                        "grad.checkpoint_differs",
+                    ),
                 )
                 raise AssertionError("unreachable")
             ctx.within(
@@ -162,20 +170,29 @@ def check_magnitude(subject: Specimen, ctx: Context) -> None:
         if not norm < float("inf"):
             ctx.fail("the gradient at initialisation is NaN or infinite", where=f"{name}; {profile}")
         ctx.within(
-            top / norm if norm else float("inf"), 1 / VANISHED,
+            top / norm if norm else float("inf"),
+            1 / VANISHED,
             "the gradient vanishes in a block at initialisation (norm of the largest block over norm of this one)",
             where=f"{name}; {profile}",
-            hint="a saturated softmax or gate, a residual that is scaled away, or a block that is cut off by detach()",
-        )  # fmt: skip
+            hint=Hint(
+                "a saturated softmax or gate, a residual that is scaled away, or a block that is cut off by detach()",
+                "grad.vanishing",
+            ),
+        )
     ratio = norms[0] / norms[-1]
     ctx.within(
-        max(ratio, 1 / ratio), UNEVEN * len(norms),
+        max(ratio, 1 / ratio),
+        UNEVEN * len(norms),
         f"gradients {'explode' if ratio > 1 else 'vanish'} from the last block back to the first at initialisation "
         "(ratio of their norms)",
         where=profile,
-        hint="the residual stream is multiplied from block to block (a residual added twice or scaled), a norm is "
-        "missing, or the first and last block start with very different weights",
-    )  # fmt: skip
+        hint=Hint(
+            "the residual stream is multiplied from block to block (a residual added twice or scaled), a norm is "
+            "missing, or the first and last block start with very different weights",
+            "grad.exploding",
+            "scale.residual_growth",
+        ),
+    )
     ctx.note(profile)
 
 
@@ -223,7 +240,7 @@ def projected_gradients(subject: Specimen, ctx: Context, ids: Tensor, train: boo
     if not logits.requires_grad:
         ctx.fail(
             "the logits carry no gradient in train mode",
-            hint="forward() runs under no_grad() or inference_mode(), or ends with detach()",
+            hint=Hint("forward() runs under no_grad() or inference_mode(), or ends with detach()", "grad.frozen"),
         )
     (logits * projection(subject, ctx, ids).to(logits.dtype)).sum().backward()
     grads = {
@@ -377,7 +394,7 @@ def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[s
         ctx.fail(
             f"{len(thawed)} parameters that were frozen with requires_grad_(False) are trained again",
             where=", ".join(thawed[:4]),
-            hint="forward() or train() sets requires_grad back; freezing is the user's to decide",
+            hint=Hint("forward() or train() sets requires_grad back; freezing is the user's to decide", "grad.frozen"),
         )
     top = max((float(g.abs().max()) for g in before.values() if g is not None), default=0.0)
     for name, grad in after.items():

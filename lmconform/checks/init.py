@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, traces
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -87,15 +88,19 @@ def check_scale(subject: Specimen, ctx: Context) -> None:
             spread, math.log(keys) ** 0.5,
             "attention scores spread so far at initialisation that each row of the softmax sees one key",
             where=f"block {found.block}" if found.block >= 0 else "",
-            hint="the projections of queries and keys start too large, or the scores are not divided by "
-            "sqrt(head_dim)",
+            hint=Hint("the projections of queries and keys start too large, or the scores are not divided by "
+            "sqrt(head_dim)", "init.logits_too_large"),
         )  # fmt: skip
     logits = (trace.logits if trace is not None else new.logits(ids)).double()
     ctx.within(
-        float(logits.std(-1).median()), (2 * NAT) ** 0.5,
+        float(logits.std(-1).median()),
+        (2 * NAT) ** 0.5,
         "logits spread too far at initialisation (standard deviation over the vocabulary)",
-        hint="the head or the embedding it is tied to starts too large, or the norm before it is missing",
-    )  # fmt: skip
+        hint=Hint(
+            "the head or the embedding it is tied to starts too large, or the norm before it is missing",
+            "init.logits_too_large",
+        ),
+    )
 
 
 @register_check(
@@ -120,16 +125,22 @@ def check_seeded(subject: Specimen, ctx: Context) -> None:
             ctx.fail(
                 "building twice under the same seed gives different weights",
                 where=name,
-                hint="it is drawn from another generator than torch's (numpy, random, a generator of its own), from "
-                "memory that torch.empty() left uninitialised, or in the order of a set",
+                hint=Hint(
+                    "it is drawn from another generator than torch's (numpy, random, a generator of its own), from "
+                    "memory that torch.empty() left uninitialised, or in the order of a set",
+                    "init.not_seeded",
+                ),
             )
     for name, parameter in first.module.named_parameters():
         if looks_random(first.module, name, parameter) and same_bits(parameter, others.get(name)):
             ctx.fail(
                 "another seed gives the same random weights",
                 where=name,
-                hint="the builder or a layer calls torch.manual_seed() or brings its own seeded generator: runs that "
-                "are to be independent start equal",
+                hint=Hint(
+                    "the builder or a layer calls torch.manual_seed() or brings its own seeded generator: runs that "
+                    "are to be independent start equal",
+                    "init.not_seeded",
+                ),
             )
     check_blocks_differ(ctx, first, others)
 
@@ -143,16 +154,21 @@ def check_stream(ctx: Context, trace: traces.Stream) -> None:
         if not size >= FAINT:
             ctx.fail(
                 f"hidden states have RMS {size:.3g} at initialisation: beside a norm's epsilon they are nothing",
-                where=name, measured=size, allowed=FAINT,
-                hint="weights of zeros where no residual goes around them, or a scale applied twice",
-            )  # fmt: skip
+                where=name,
+                measured=size,
+                allowed=FAINT,
+                hint=Hint(
+                    "weights of zeros where no residual goes around them, or a scale applied twice",
+                    "init.residual_scaling",
+                ),
+            )
         if index:
             ctx.within(
                 size, base * (1 + 2 * index),
                 "hidden states grow faster than linearly over depth at initialisation",
                 where=f"{name}, RMS {size:.3g}",
-                hint="the projections that write to the residual start too large (GPT-2 divides them by sqrt(2 * "
-                "layers)), a norm is missing, or the residual is added twice",
+                hint=Hint("the projections that write to the residual start too large (GPT-2 divides them by sqrt(2 * "
+                "layers)), a norm is missing, or the residual is added twice", "init.residual_scaling"),
             )  # fmt: skip
 
 
@@ -174,8 +190,11 @@ def check_blocks_differ(ctx: Context, first: Specimen, others: dict[str, Tensor]
                 ctx.fail(
                     "two layers start with the same random matrix",
                     where=f"{place} and {full}",
-                    hint="a block copied with copy.deepcopy(), or a generator seeded again for each layer: equal "
-                    "layers get equal gradients and stay alike for long",
+                    hint=Hint(
+                        "a block copied with copy.deepcopy(), or a generator seeded again for each layer: equal "
+                        "layers get equal gradients and stay alike for long",
+                        "init.shared_layers",
+                    ),
                 )
 
 
@@ -211,13 +230,15 @@ def loss_hint(logits: Tensor, ids: Tensor) -> str:
     own = float((logits.gather(-1, ids[..., None])[..., 0] - logits.mean(-1)).mean())
     spread = float(logits.std())
     if own > 3 * spread:
-        return (
+        return Hint(
             f"the logit of the token just read is {own:.3g} above the mean: the head is tied to an embedding whose "
-            "entries start too large for its width; draw them with a standard deviation of about 1/width**0.5 or 0.02"
+            "entries start too large for its width; draw them with a standard deviation of about 1/width**0.5 or 0.02",
+            "init.logits_too_large",
         )
-    return (
+    return Hint(
         f"logits start with a standard deviation of {spread:.3g}: the head (or the embedding it is tied to) is drawn "
-        "too large, or its input is not normed; a standard deviation of 0.02 is usual"
+        "too large, or its input is not normed; a standard deviation of 0.02 is usual",
+        "init.logits_too_large",
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
 from lmconform.checks.cross_entropy import IGNORED, cross_entropy, explain, rounding
+from lmconform.context import Hint
 from lmconform.conventions import first_line, parameters_of
 from lmconform.registry import register_check
 
@@ -60,8 +61,12 @@ def check_reference(subject: Specimen, ctx: Context) -> None:
             if value == value and value != 0:
                 ctx.fail(
                     f"loss is {value:.4g} although every label is {ignored}; expected NaN or 0",
-                    hint="the sum over no label at all is divided by something else than the number of labels, or "
-                    "ignored labels are clamped to a token and counted",
+                    hint=Hint(
+                        "the sum over no label at all is divided by something else than the number of labels, or "
+                        "ignored labels are clamped to a token and counted",
+                        "loss.normalisation",
+                        "loss.ignore_index",
+                    ),
                 )
             continue
         expected = cross_entropy(logits, labels, subject.convention.labels_shifted, ignored)
@@ -203,8 +208,11 @@ def ignored_label(subject: Specimen, ctx: Context) -> int:
         return candidate
     ctx.fail(
         f"labels with {IGNORED} in them are refused ({refused})",
-        hint=f"{IGNORED} marks labels that do not count: cross_entropy(..., ignore_index={IGNORED}), and no gather "
-        "with the raw labels",
+        hint=Hint(
+            f"{IGNORED} marks labels that do not count: cross_entropy(..., ignore_index={IGNORED}), and no gather "
+            "with the raw labels",
+            "loss.ignore_index",
+        ),
     )
     raise AssertionError("unreachable")
 
@@ -285,7 +293,10 @@ def net_loss(
     if grad and not loss.requires_grad:
         ctx.fail(
             "the loss carries no gradient",
-            hint="it was computed under no_grad(), from detached logits, or turned into a number with item()",
+            hint=Hint(
+                "it was computed under no_grad(), from detached logits, or turned into a number with item()",
+                "grad.wrong",
+            ),
         )
     return loss - _auxiliary(subject, ctx, raws[-1] if raws else None), output.logits
 
@@ -339,8 +350,11 @@ def taken(subject: Specimen, ctx: Context, ids: Tensor, labels: Tensor, mean: Te
         ctx.fail(
             "num_items_in_batch is taken and ignored: with gradient accumulation each micro-batch counts as a whole "
             "batch",
-            hint="transformers' Trainer passes num_items_in_batch to a forward() with **kwargs and does not divide "
-            "the loss: hand **kwargs on to self.loss_function, or set accepts_loss_kwargs = False",
+            hint=Hint(
+                "transformers' Trainer passes num_items_in_batch to a forward() with **kwargs and does not divide "
+                "the loss: hand **kwargs on to self.loss_function, or set accepts_loss_kwargs = False",
+                "loss.accumulation_wrong",
+            ),
         )
     return True
 

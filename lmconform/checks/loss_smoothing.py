@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmconform import tolerance
 from lmconform.checks.cross_entropy import IGNORED
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 
@@ -176,7 +177,9 @@ def _check_gradient(
 ) -> None:
     import torch
 
-    hint = "part of the loss is detached, or computed from an argmax: only its value is right"
+    hint = Hint(
+        "part of the loss is detached, or computed from an argmax: only its value is right", "loss.smoothing_wrong"
+    )
     if not actual.requires_grad:
         ctx.fail("the smoothed loss carries no gradient", where=f"labels: {kind}", hint=hint)
     (got,) = torch.autograd.grad(actual, [given])
@@ -242,6 +245,9 @@ def _explain(
             return f": {what}", hint
     return (
         "",
-        f"compare with F.cross_entropy(logits, labels, label_smoothing={smoothing:g}, ignore_index={IGNORED}): look "
-        "for log(softmax(x) + 1e-10), which saturates, and for ignored labels in either term",
+        Hint(
+            f"compare with F.cross_entropy(logits, labels, label_smoothing={smoothing:g}, ignore_index={IGNORED}): "
+            "look for log(softmax(x) + 1e-10), which saturates, and for ignored labels in either term",
+            "loss.smoothing_wrong",
+        ),
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -96,9 +97,12 @@ def check_padded(subject: Specimen, ctx: Context, side: str, *, give_positions: 
                 ]
             )
             if bool(((singly - expected).abs() <= bound)[mask.bool()].all()):
-                hint = (
+                hint = Hint(
                     "each padded row alone is right, so rows disturb each other: one row's mask, length or positions "
-                    "serve all (see batching.row_independence)"
+                    "serve all (see batching.row_independence)",
+                    "batch.cross_row",
+                    "mask.fast_path",
+                    "position.shared_row",
                 )
             else:
                 hint = padding_hint(subject, ids, ctx.other_ids(ids), inputs, side, bound)
@@ -122,31 +126,42 @@ def padding_hint(
     other = subject.logits(torch.where(real, ids, others), **inputs)
     change = (one - other)[real]
     if bool(change.isnan().any()):
-        return "softmax over a row that is masked everywhere gives NaN, and NaN spreads from padding to real tokens"
+        return Hint(
+            "softmax over a row that is masked everywhere gives NaN, and NaN spreads from padding to real tokens",
+            "mask.padding_nan",
+        )
     if float(change.abs().max()) > bound:
-        return (
+        return Hint(
             "real tokens look at padding: their logits change with the tokens under it. attention_mask is ignored, "
-            "inverted, or lost when it is merged with the causal mask (or one branch, layer or head skips it)"
+            "inverted, or lost when it is merged with the causal mask (or one branch, layer or head skips it)",
+            "mask.padding_ignored",
+            "mask.inverted",
+            "mask.fast_path",
         )
     if side == "right":
-        return (
+        return Hint(
             "what stands under the padding plays no part, how much of it there is does: look for a division by the "
-            "padded length, a softmax or mean that counts masked places, or positions that start at the padding"
+            "padded length, a softmax or mean that counts masked places, or positions that start at the padding",
+            "position.ignores_mask",
+            "attention.unscaled",
         )
     if not positioned and subject.convention.positions is not None:
-        return (
+        return Hint(
             "position_ids were left out, and the default counts padding: in forward(), derive it from "
-            "attention_mask.cumsum(-1) - 1, or always pass position_ids with left padding"
+            "attention_mask.cumsum(-1) - 1, or always pass position_ids with left padding",
+            "position.ignores_mask",
         )
     if positioned:
-        return (
+        return Hint(
             "padding is masked, but positions count it although position_ids were passed: look for code that uses "
             "torch.arange(time), or a bias by column, in place of position_ids; or padding is set to zero in place of "
-            "being masked, and still takes its share of the softmax"
+            "being masked, and still takes its share of the softmax",
+            "position.ignores_mask",
         )
-    return (
+    return Hint(
         "padding is masked, but positions count it: derive them from attention_mask.cumsum(-1) - 1 instead of "
-        "torch.arange(time)"
+        "torch.arange(time)",
+        "position.ignores_mask",
     )
 
 
@@ -240,9 +255,10 @@ def check_finite(subject: Specimen, ctx: Context) -> None:
             inputs["positions"] = positions_from(subject, mask)
         logits = subject.logits(padded(subject, ids, mask, "pad"), grad=True, **inputs)
         bad = ~logits.isfinite()
-        hint = (
+        hint = Hint(
             "softmax over a row that is masked everywhere: let a fully masked query see itself, or use "
-            "torch.finfo(dtype).min instead of -inf"
+            "torch.finfo(dtype).min instead of -inf",
+            "mask.padding_nan",
         )
         if bool(bad.any()):
             row, position, token = bad.nonzero()[0].tolist()
@@ -269,7 +285,10 @@ def check_finite(subject: Specimen, ctx: Context) -> None:
                 f"the logits are finite, but {len(broken)} of {len(named)} gradients hold NaN or infinity in a batch "
                 f"padded on the {case.side}",
                 where=f"first {broken[0]}",
-                hint=f"{hint}; nan_to_num() or torch.where() after the softmax hides it forward and not backward",
+                hint=Hint(
+                    f"{hint}; nan_to_num() or torch.where() after the softmax hides it forward and not backward",
+                    "mask.padding_nan",
+                ),
             )
 
 
@@ -311,9 +330,14 @@ def check_cached(subject: Specimen, ctx: Context) -> None:
             expected,
             "logits of left-padded decoding with a cache differ from the same row decoded alone",
             where=f"prefill of {time} columns, then {total - time} more, one by one",
-            hint="prefill or decoding goes wrong under padding: in a decoding step, keys under the padding must stay "
-            "masked (the mask covers past + 1 columns) and the position is the number of real tokens, not the "
-            "length of the cache",
+            hint=Hint(
+                "prefill or decoding goes wrong under padding: in a decoding step, keys under the padding must stay "
+                "masked (the mask covers past + 1 columns) and the position is the number of real tokens, not the "
+                "length of the cache",
+                "mask.padding_ignored",
+                "position.ignores_mask",
+                "position.restarts_on_decode",
+            ),
         )
 
 

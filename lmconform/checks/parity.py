@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance, traces
-from lmconform.context import Unavailable
+from lmconform.context import Hint, Unavailable
 from lmconform.pairing import Pair, pair_parameters
 from lmconform.registry import register_check
 from lmconform.specimen import random_ids
@@ -125,9 +125,12 @@ def check_hidden(subject: Specimen, ctx: Context) -> None:
         place = f"{mine.names[index]} (reference: {expected.names[index]})"
         if index == 0:
             message = "hidden states differ from the reference's before the first block"
-            hint = (
+            hint: str = Hint(
                 "embedding: its weights, its scale factor, its norm; the position table and where it is read "
-                "(off by one, or counted from another start)"
+                "(off by one, or counted from another start)",
+                "scale.hidden",
+                "weights.not_loaded",
+                "position.offset",
             )
         else:
             message = f"hidden states first differ from the reference's after block {index - 1}, and not before it"
@@ -156,7 +159,11 @@ def check_hidden(subject: Specimen, ctx: Context) -> None:
         "logits differ from the reference's, hidden states do not, up to the last block",
         allowed=tolerance.allowed(max(ours.noise, theirs.noise), right.to(left.dtype)),
         where="after the last block",
-        hint="the final norm, the head's weights or bias, a tie that was lost, or a scale or soft cap of the logits",
+        hint=Hint(
+            "the final norm, the head's weights or bias, a tie that was lost, or a scale or soft cap of the logits",
+            "scale.logits",
+            "weights.untied",
+        ),
     )
 
 
@@ -274,9 +281,12 @@ def check_scale(subject: Specimen, ctx: Context) -> None:
             math.log(BAND),
             f"{place} is {ratio:.4g} times the reference's in size (before it: {before:.4g} times)",
             where=place,
-            hint="a scale factor is missing or applied twice (embedding times sqrt(width), residual scaling, "
-            "soft cap), or "
-            "the weights of this layer were not transferred; mend that, do not rescale the hidden states",
+            hint=Hint(
+                "a scale factor is missing or applied twice (embedding times sqrt(width), residual scaling, "
+                "soft cap), or "
+                "the weights of this layer were not transferred; mend that, do not rescale the hidden states",
+                "scale.hidden",
+            ),
         )
 
 
@@ -332,9 +342,12 @@ def check_gradients(subject: Specimen, ctx: Context) -> None:
             where=f"{pair.reference} (here: {names})",
             allowed=tolerance.FACTOR * noise,
             axes=("row", "column"),
-            hint="logits that agree where gradients do not: something on the way is detached, computed under "
-            "no_grad(), "
-            "or its parameter is used in two places",
+            hint=Hint(
+                "logits that agree where gradients do not: something on the way is detached, computed under "
+                "no_grad(), "
+                "or its parameter is used in two places",
+                "grad.wrong",
+            ),
         )
 
 

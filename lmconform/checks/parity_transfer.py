@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmconform import tolerance, traces
 from lmconform.checks.parity import answer, both, columns_of, other_rounding, shared_ids
+from lmconform.context import Hint
 from lmconform.pairing import Pair, crossed, pair_parameters, unclaimed
 from lmconform.registry import register_check
 
@@ -107,22 +108,33 @@ def _check_found(
         ctx.fail(
             f"{pair.reference} of the reference moves its logits and has no counterpart in the model",
             where=pair.reference,
-            hint="a bias or a norm that the model's code lacks: it is missed as soon as it is trained",
+            hint=Hint(
+                "a bias or a norm that the model's code lacks: it is missed as soon as it is trained",
+                "weights.not_loaded",
+            ),
         )
     if pair.options and not pair.equal and pair.found == 1.0:
         ctx.fail(
             f"{pair.reference} of the reference is not what {pair.places} holds, where its matrix went",
             where=pair.places,
-            hint="the bias was not copied, or q, k and v were exchanged in one of matrix and bias",
+            hint=Hint(
+                "the bias was not copied, or q, k and v were exchanged in one of matrix and bias",
+                "weights.not_loaded",
+                "weights.sliced_wrong",
+            ),
         )
     share = f"{pair.found:.0%}" if pair.found else "none"
     ctx.fail(
         f"{pair.reference} of the reference was not transferred: {share} of its rows or columns are found in "
         f"the model{guess}" + (f"; nor were {len(lost) - 1} others" if len(lost) > 1 else ""),
         where=free[0] if free else pair.places if pair.options else pair.reference,
-        hint="a name that did not match and was skipped (strict=False), a slice with the wrong bounds or along "
-        "the wrong "
-        "axis, or a reshape where a transpose was meant",
+        hint=Hint(
+            "a name that did not match and was skipped (strict=False), a slice with the wrong bounds or along "
+            "the wrong "
+            "axis, or a reshape where a transpose was meant",
+            "weights.not_loaded",
+            "weights.sliced_wrong",
+        ),
     )
 
 

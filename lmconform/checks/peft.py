@@ -6,6 +6,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from lmconform import adapters
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 from lmconform.saving import quiet_transformers
@@ -41,9 +42,14 @@ def check_inert(subject: Specimen, ctx: Context) -> None:
     wrapped, names = _adapted(subject, ctx)
     base = subject.logits(ids)
     ctx.equal(
-        _logits(wrapped, ctx, ids), base, "a fresh LoRA adapter changes the logits",
-        hint="wrapping changes the model: forward() tells layers apart by type, or reads the weight of a wrapped one",
-    )  # fmt: skip
+        _logits(wrapped, ctx, ids),
+        base,
+        "a fresh LoRA adapter changes the logits",
+        hint=Hint(
+            "wrapping changes the model: forward() tells layers apart by type, or reads the weight of a wrapped one",
+            "peft.adapter_inert",
+        ),
+    )
     _only_adapters_train(wrapped, ctx, ids, names)
     adapters.perturb(wrapped.module, ctx.generator(3))
     ctx.differs(wrapped.logits(ids), base, "a LoRA adapter with weights in it does nothing", hint=ANOTHER_PATH)
@@ -58,8 +64,11 @@ def _only_adapters_train(wrapped: Specimen, ctx: Context, ids: Tensor, names: li
     if base:
         ctx.fail(
             f"{base[0]} belongs to the base model and gets a gradient while an adapter trains",
-            where=base[0], hint="the model sets requires_grad itself, in forward() or a hook",
-        )  # fmt: skip
+            where=base[0],
+            hint=Hint(
+                "the model sets requires_grad itself, in forward() or a hook", "grad.frozen", "peft.adapter_inert"
+            ),
+        )
     layers = adapters.layers(wrapped.module)
     for name in names:
         layer = layers[name]
@@ -96,13 +105,14 @@ def check_merge(subject: Specimen, ctx: Context) -> None:
     with model.disable_adapter():  # type: ignore[operator]
         ctx.equal(
             wrapped.logits(ids), base, "logits with the adapter switched off differ from the base model's",
-            hint="the model caches something that it computed with the adapter on",
+            hint=Hint("the model caches something that it computed with the adapter on", "peft.merge_differs"),
         )  # fmt: skip
     _survives(subject, ctx, wrapped, ids, adapted, names)
     model.merge_adapter()  # type: ignore[operator]
-    merged_hint = (
+    merged_hint = Hint(
         "the layer does more than x @ weight.T + bias (a subclass of nn.Linear that scales, quantises or normalises "
-        "its weight), or the weight is also read somewhere else (tied, fused, cached)"
+        "its weight), or the weight is also read somewhere else (tied, fused, cached)",
+        "peft.merge_differs",
     )
     ctx.equal(
         wrapped.logits(ids), adapted, "logits after merging the adapter into the weights differ from those before",

@@ -7,6 +7,7 @@ import pickle
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 from lmconform.saving import (
@@ -60,9 +61,13 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
             loaded.logits(ids),
             subject.logits(ids),
             "logits differ after saving and loading",
-            hint="something that decides the logits is neither a parameter nor a buffer of the state_dict: a "
-            "tensor kept "
-            "as a plain attribute, a buffer with persistent=False that is not rebuilt the same, or a patched method",
+            hint=Hint(
+                "something that decides the logits is neither a parameter nor a buffer of the state_dict: a "
+                "tensor kept as a plain attribute, a buffer with persistent=False that is not rebuilt the same, or a "
+                "patched method",
+                "weights.not_saved",
+                "grad.unregistered",
+            ),
         )
         if ctx.profile == "thorough":
             in_a_fresh_process(subject, ctx, folder, ids)
@@ -81,7 +86,7 @@ def check_tied(subject: Specimen, ctx: Context) -> None:
         ctx.fail(
             f"the config says tie_word_embeddings, but {promised[0]} and {promised[1]} are two tensors",
             where=promised[1],
-            hint="tie_weights() was not called, or _tied_weights_keys does not name the head",
+            hint=Hint("tie_weights() was not called, or _tied_weights_keys does not name the head", "weights.untied"),
         )
     if not groups:
         ctx.not_applicable("no two of its parameters share memory")
@@ -160,20 +165,28 @@ def check_meta(subject: Specimen, ctx: Context) -> None:
         with tempfile.TemporaryDirectory(prefix="lmconform-") as folder, poisoned_memory():
             loaded = through_pretrained(subject, ctx, folder)
         how = "from_pretrained, which builds on the meta device"
-        hint = "from_pretrained never runs what the constructor computes: write it in _init_weights, or save the buffer"
+        hint = Hint(
+            "from_pretrained never runs what the constructor computes: write it in _init_weights, or save the buffer",
+            "weights.buffer_uninitialised",
+        )
     else:
         loaded = _from_meta(subject, ctx)
         how = "building on the meta device and loading"
-        hint = (
+        hint = Hint(
             "the constructor computes it and the load does not: save it (persistent=True), or write it in "
-            "reset_parameters()"
+            "reset_parameters()",
+            "weights.buffer_uninitialised",
         )
     stranded = [name for name, tensor in tensors_anywhere(loaded.module) if tensor.is_meta]
     if stranded:
         ctx.fail(
             f"{stranded[0]} is still on the meta device after {how}: no values can reach it",
             where=stranded[0],
-            hint="it is a plain attribute: register it as a buffer",
+            hint=Hint(
+                "it is a plain attribute: register it as a buffer",
+                "weights.buffer_uninitialised",
+                "device.unregistered_tensor",
+            ),
         )
     expected = named_tensors(subject.module)
     for name, tensor in named_tensors(loaded.module).items():
@@ -256,7 +269,10 @@ def check_copy(subject: Specimen, ctx: Context) -> None:
 
 
 def _behaves(ctx: Context, made: Specimen, ids: Tensor, expected: Tensor, how: str) -> None:
-    hint = "__getstate__, __setstate__, __deepcopy__ or __reduce__ drops or resets something that decides the logits"
+    hint = Hint(
+        "__getstate__, __setstate__, __deepcopy__ or __reduce__ drops or resets something that decides the logits",
+        "weights.not_saved",
+    )
     try:
         logits = made.logits(ids)
     except Exception as error:
@@ -267,9 +283,11 @@ def _behaves(ctx: Context, made: Specimen, ids: Tensor, expected: Tensor, how: s
 def _is_independent(ctx: Context, subject: Specimen, copied: Specimen, ids: Tensor, expected: Tensor) -> None:
     import torch
 
-    hint = (
+    hint = Hint(
         "a method replaced on the instance (model.forward = ...) or a hook still refers to the original: patch the "
-        "class, or use a module"
+        "class, or use a module",
+        "weights.not_saved",
+        "state.carried_over",
     )
     theirs = {p.untyped_storage().data_ptr() for p in subject.module.parameters() if p.numel()}
     for name, parameter in copied.module.named_parameters():
@@ -277,7 +295,7 @@ def _is_independent(ctx: Context, subject: Specimen, copied: Specimen, ids: Tens
             ctx.fail(
                 "copy.deepcopy(model) shares memory with the model",
                 where=name,
-                hint="__deepcopy__ returns the same tensor",
+                hint=Hint("__deepcopy__ returns the same tensor", "weights.not_saved", "state.carried_over"),
             )
     generator = ctx.generator(7)
     with torch.no_grad():

@@ -52,8 +52,7 @@ _courses: WeakKeyDictionary[Specimen, tuple[int, Course, list[Course]]] = WeakKe
 def courses(subject: Specimen, ctx: Context) -> tuple[Course, list[Course]]:
     """The exercises on the CPU, and on every other place there is; made once for all checks here.
 
-    Pretended: cuda:1 of two devices, where neither the CPU nor cuda:0 is right. Within a session that pretends one
-    device only: cuda:0, and the CPU beside it.
+    Pretended: cuda:1, where neither the CPU nor cuda:0 is right.
     """
     known = _courses.get(subject)
     if known is not None and known[0] == ctx.seed:
@@ -80,10 +79,7 @@ def _places() -> Iterator[tuple[torch.device, AbstractContextManager[object], bo
     from lmconform.simulated import SimulatedAccelerator, active_accelerator
 
     outer = active_accelerator()
-    accelerator = outer or SimulatedAccelerator(2)
-    yield accelerator.devices[-1], accelerator.active(), True
-    if len(accelerator.devices) == 1:
-        yield torch.device("cpu"), accelerator.active(), True
+    yield torch.device("cuda", 1), (outer or SimulatedAccelerator()).second_device(), True
     if outer is None:
         for device in real_devices():
             yield device, torch.backends.cudnn.flags(allow_tf32=False), False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Never
 from lmconform import tolerance
 from lmconform.cases import Span
 from lmconform.checks.first_block import alone, blocks, constant_inputs
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -98,11 +99,18 @@ def check_order_matters(subject: Specimen, ctx: Context) -> None:
                 + ("" if everywhere else f" ({len(blind)} of {time - 2} pairs of neighbours)")
                 + f" (by {float(change[blind[0]]):.3g}; rounding alone by up to {floor:.3g})",
                 where=f"block {kinds[0] if everywhere else index}, positions {blind[0]} and {blind[0] + 1}",
-                hint="no position encoding reaches attention: it is never applied, or applied to the wrong tensor, or "
-                "all positions are the same number"
+                hint=Hint(
+                    "no position encoding reaches attention: it is never applied, or applied to the wrong tensor, or "
+                    "all positions are the same number",
+                    "position.absent",
+                    "position.no_op",
+                )
                 if everywhere
-                else "neighbouring positions share one encoding: look at how position ids are made (integer division, "
-                "rounding, a clamp)",
+                else Hint(
+                    "neighbouring positions share one encoding: look at how position ids are made (integer division, "
+                    "rounding, a clamp)",
+                    "position.collision",
+                ),
             )
 
 
@@ -175,8 +183,11 @@ def _reach_of(
                 f"a token cannot influence a later logit: position {at} feels {len(seen)} of the {at + 1} tokens up to "
                 f"it, and not token {place}",
                 where=where,
-                hint="attention is cut short: a local mask, a truncated cache or a bucketed bias that ends, or a mask "
-                "that leaves out whole tokens",
+                hint=Hint(
+                    "attention is cut short: a local mask, a truncated cache or a bucketed bias that ends, or a mask "
+                    "that leaves out whole tokens",
+                    "mask.window",
+                ),
             )
         ctx.fail(
             f"the window of {window} tokens that the config states is not what is cut: position {at} feels token "
@@ -185,8 +196,11 @@ def _reach_of(
             else f"the window of {window} tokens that the config states is cut short: position {at} does not feel "
             f"token {place}, {at - place + 1} tokens back counting itself",
             where=where,
-            hint="an off-by-one in the window (key > query - window keeps the token itself and window - 1 before it), "
-            "or the layer ignores the window",
+            hint=Hint(
+                "an off-by-one in the window (key > query - window keeps the token itself and window - 1 before it), "
+                "or the layer ignores the window",
+                "mask.window",
+            ),
         )
 
 
@@ -316,11 +330,18 @@ def _fail_alike(ctx: Context, alike: list[tuple[int, int]], evidence: str) -> Ne
     one, other = alike[0]
     gap = {b - a for a, b in alike}
     if len(gap) == 1 and min(gap) > 1:
-        hint = f"positions repeat every {min(gap)}: a modulo, or a table shorter than the context that wraps around"
+        hint = Hint(
+            f"positions repeat every {min(gap)}: a modulo, or a table shorter than the context that wraps around",
+            "position.collision",
+        )
     elif len({a for a, _ in alike} | {b for _, b in alike}) == max(b for _, b in alike) - one + 1 and one > 0:
-        hint = f"all positions from {one} on are one: a clamp to the table's last row"
+        hint = Hint(f"all positions from {one} on are one: a clamp to the table's last row", "position.collision")
     else:
-        hint = "positions are rounded, divided or made in a type too small for them, or the encoding is not applied"
+        hint = Hint(
+            "positions are rounded, divided or made in a type too small for them, or the encoding is not applied",
+            "position.collision",
+            "position.absent",
+        )
     ctx.fail(
         f"positions {one} and {other} are treated alike: {evidence}"
         + (f" (and {len(alike) - 1} more pairs)" if len(alike) > 1 else ""),
@@ -354,5 +375,8 @@ def check_defaults(subject: Specimen, ctx: Context) -> None:
             hint=f"the default positions start at {first}, behind a row for padding: whoever counts from 0, as "
             "generate() does, reads other rows of the table"
             if first
-            else "the default positions do not start at 0 or do not count by 1, or given ones take another path",
+            else Hint(
+                "the default positions do not start at 0 or do not count by 1, or given ones take another path",
+                "position.offset",
+            ),
         )

@@ -8,6 +8,7 @@ from lmconform import tolerance
 from lmconform.cases import Choice, Span
 from lmconform.checks.first_block import block_input
 from lmconform.checks.positions import LONGEST, SOUND, leave, states
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -53,8 +54,13 @@ def check_shift(subject: Specimen, ctx: Context) -> None:
             shifted,
             expected,
             f"logits change when every position moves by {by}, though nothing but attention sees the positions",
-            hint="attention depends on absolute positions: queries or keys alone are rotated, or by different angles, "
-            "or positions are clamped or wrapped inside the context",
+            hint=Hint(
+                "attention depends on absolute positions: queries or keys alone are rotated, or by different angles, "
+                "or positions are clamped or wrapped inside the context",
+                "position.one_side_rotated",
+                "position.not_relative",
+                "position.collision",
+            ),
         )
 
 
@@ -157,12 +163,16 @@ def check_precision(subject: Specimen, ctx: Context) -> None:
         ran = True
         cost = max(_drift(measured_near, right_near), tolerance.epsilon(half.dtype) * float(right_near.std()) / 8)
         ctx.within(
-            _drift(measured_far, right_far), DRIFT_FACTOR * cost,
+            _drift(measured_far, right_far),
+            DRIFT_FACTOR * cost,
             f"in {case.dtype} at positions from {int(far[0, 0])} on, {'encodings' if absolute else 'logits'} drift "
             f"from {_name(exact)} far more than near position 0",
-            hint="positions, frequencies or angles are made in half precision: make them in float32 and cast cos and "
-            "sin (or the finished encoding) at the end",
-        )  # fmt: skip
+            hint=Hint(
+                "positions, frequencies or angles are made in half precision: make them in float32 and cast cos and "
+                "sin (or the finished encoding) at the end",
+                "position.low_precision",
+            ),
+        )
     if not ran:
         ctx.not_applicable("; ".join(ctx.notes) or "nothing to compare")
 

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance, traces
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def check_residual(subject: Specimen, ctx: Context) -> None:
             ctx.fail(
                 f"hidden states are {'all zero' if size == 0 else 'not finite'} after {trace.names[index]}",
                 where=trace.names[index],
-                hint="a division by a vanished norm, or weights that were never initialised",
+                hint=Hint("a division by a vanished norm, or weights that were never initialised", "norm.epsilon"),
             )
     for index in range(1, len(sizes)):
         before, after, place = sizes[index - 1], sizes[index], trace.names[index]
@@ -61,15 +62,20 @@ def check_residual(subject: Specimen, ctx: Context) -> None:
             JUMP,
             f"hidden states grow by a jump in one block, RMS {before:.3g} to {after:.3g}",
             where=place,
-            hint="one block's output is out of scale: its initialisation, a scale factor applied twice, or a "
-            "missing norm",
+            hint=Hint(
+                "one block's output is out of scale: its initialisation, a scale factor applied twice, or a "
+                "missing norm",
+                "scale.hidden",
+            ),
         )
         ctx.within(
             min(before, 1.0) / after,
             JUMP,
             f"hidden states shrink by a jump in one block, RMS {before:.3g} to {after:.3g}",
             where=place,
-            hint="the residual is overwritten or scaled down: look for x = f(x) in place of x = x + f(x)",
+            hint=Hint(
+                "the residual is overwritten or scaled down: look for x = f(x) in place of x = x + f(x)", "scale.hidden"
+            ),
         )
     growths = [after / before for before, after in itertools.pairwise(sizes)]
     if len(growths) >= 3:
@@ -78,7 +84,10 @@ def check_residual(subject: Specimen, ctx: Context) -> None:
             DOUBLING,
             f"every block multiplies the hidden states, by {min(growths):.2g} or more: exponential growth over depth",
             where=f"{trace.names[1]} to {trace.names[-1]}",
-            hint="the residual is added twice (x + x + f(x)), or each block's output lacks its norm",
+            hint=Hint(
+                "the residual is added twice (x + x + f(x)), or each block's output lacks its norm",
+                "scale.residual_growth",
+            ),
         )
 
 
@@ -166,7 +175,10 @@ def _check_spread(ctx: Context, drawn: Specimen, scores: list[traces.Scores]) ->
             expected * size**0.25,  # half way, by ratio, between scaled and unscaled
             f"attention scores spread {spread / expected:.3g} times as far as scores divided by sqrt({size}) do",
             where=f"block {found.block}" if found.block >= 0 else "",
-            hint=f"the factor 1/sqrt(head_dim) = {size**-0.5:.3g} is missing, or taken of the wrong size",
+            hint=Hint(
+                f"the factor 1/sqrt(head_dim) = {size**-0.5:.3g} is missing, or taken of the wrong size",
+                "attention.unscaled",
+            ),
         )
 
 
@@ -227,8 +239,11 @@ def _check_entropy(ctx: Context, scores: list[traces.Scores]) -> None:
                 where=f"block {found.block}" if found.block >= 0 else "",
                 measured=entropy,
                 allowed=SATURATED,
-                hint="scores are so large that each row sees one token and no gradient flows: look at the scale of the "
-                "scores, the initialisation of q and k, or a mask that leaves one key",
+                hint=Hint(
+                    "scores are so large that each row sees one token and no gradient flows: look at the scale of the "
+                    "scores, the initialisation of q and k, or a mask that leaves one key",
+                    "attention.unscaled",
+                ),
             )
 
 
@@ -296,6 +311,9 @@ def _check_influence(ctx: Context, subject: Specimen, attending: list[int]) -> N
                 f"attention is gated off: other tokens before it change the block's last output by {share:.2g} of its "
                 f"size, {floor:.2g} at least is expected",
                 where=f"{name}.{index}",
-                hint="a gate at 0, an output projection of zeros, a mask that leaves each token only itself, or an "
-                "attention result that is never added to the residual",
+                hint=Hint(
+                    "a gate at 0, an output projection of zeros, a mask that leaves each token only itself, or an "
+                    "attention result that is never added to the residual",
+                    "attention.gated_off",
+                ),
             )

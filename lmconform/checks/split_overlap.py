@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lmconform.context import Hint
 from lmconform.recipe import Batch
 
 if TYPE_CHECKING:
@@ -60,9 +61,10 @@ def padding_of(batch: Batch, specials: Specials) -> Tensor:
 def leak(ctx: Context, recipe: Recipe, batches: list[Batch], specials: Specials) -> Finding | None:
     if recipe.validation is None:
         return None
-    hint = (
+    hint = Hint(
         "split by document before cutting into windows or shuffling, with a fixed seed, and drop duplicates first: "
-        "validation loss otherwise measures memory"
+        "validation loss otherwise measures memory",
+        "data.split_leak",
     )
     held = recipe.validation
     if recipe.texts is not None and isinstance(held, list | tuple) and held and isinstance(held[0], str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.encoding import Encoder, EncodingError, as_ids
 from lmconform.registry import register_check
@@ -52,15 +53,22 @@ def check_flags(subject: Specimen, ctx: Context) -> None:
         ctx.fail(
             f"encode() always puts special tokens in ({_named(encoder, found)}) and takes no add_special_tokens",
             where=f"encode({FRESH[0]!r}) = {plain}",
-            hint="a prompt must not end in the end token: add the flag, and leave the special tokens off where it is "
-            "False",
+            hint=Hint(
+                "a prompt must not end in the end token: add the flag, and leave the special tokens off where it is "
+                "False",
+                "tokenizer.flags_ignored",
+                "generation.prompt_has_eos",
+            ),
         )
     if found:
         ctx.fail(
             f"special tokens are added although add_special_tokens=False ({_named(encoder, found)})",
             where=f"encode({FRESH[0]!r}, add_special_tokens=False) = {plain}",
-            hint="the flag is taken and not looked at (or swallowed by **kwargs): build the special tokens only where "
-            "it is True",
+            hint=Hint(
+                "the flag is taken and not looked at (or swallowed by **kwargs): build the special tokens only where "
+                "it is True",
+                "tokenizer.flags_ignored",
+            ),
         )
     if encoder.takes_add:
         _check_order(ctx, encoder, specials)
@@ -72,9 +80,10 @@ def check_flags(subject: Specimen, ctx: Context) -> None:
 
 
 def _check_order(ctx: Context, encoder: Encoder, specials: set[int]) -> None:
-    hint = (
+    hint = Hint(
         "a cache (lru_cache, a dict) is keyed by the text alone: put every argument that changes the result into the "
-        "key"
+        "key",
+        "tokenizer.cached_flags",
     )
     ids_of(ctx, encoder, FRESH[1], True)
     after = ids_of(ctx, encoder, FRESH[1], False)
@@ -111,9 +120,12 @@ def _check_same_twice(ctx: Context, encoder: Encoder) -> None:
             if grown
             else "the same text encoded twice gives different ids",
             where=f"first {first}, then {second}",
-            hint="the cache hands out its own list: return a copy (list(ids))"
+            hint=Hint("the cache hands out its own list: return a copy (list(ids))", "tokenizer.cached_flags")
             if grown
-            else "something is carried from call to call: padding or truncation left switched on, a growing vocabulary",
+            else Hint(
+                "something is carried from call to call: padding or truncation left switched on, a growing vocabulary",
+                "tokenizer.cached_flags",
+            ),
         )
 
 
@@ -136,9 +148,12 @@ def _check_skip(ctx: Context, encoder: Encoder) -> None:
             ctx.fail(
                 f"skip_special_tokens=True leaves special tokens in the text {turn}",
                 where=f"decode({dressed}, skip_special_tokens=True) = {skipped!r}",
-                hint="the flag is not looked at, or the special tokens are not registered as special"
+                hint=Hint(
+                    "the flag is not looked at, or the special tokens are not registered as special",
+                    "tokenizer.flags_ignored",
+                )
                 if turn == "on the first call"
-                else "a cache is keyed without the flag",
+                else Hint("a cache is keyed without the flag", "tokenizer.cached_flags"),
             )
     if kept.split() == bare.split() or text_of(ctx, encoder, dressed, False) != kept:
         ctx.fail(
@@ -146,10 +161,13 @@ def _check_skip(ctx: Context, encoder: Encoder) -> None:
             if kept.split() == bare.split()
             else "skip_special_tokens=False gives another text after a call with True",
             where=f"decode({dressed}, skip_special_tokens=False) = {kept!r}",
-            hint="the flag is not looked at: without the special tokens in the text nobody sees that the model ends "
-            "at once"
+            hint=Hint(
+                "the flag is not looked at: without the special tokens in the text nobody sees that the model ends "
+                "at once",
+                "tokenizer.flags_ignored",
+            )
             if kept.split() == bare.split()
-            else "a cache is keyed without the flag",
+            else Hint("a cache is keyed without the flag", "tokenizer.cached_flags"),
         )
 
 
@@ -212,7 +230,10 @@ def _check_text(ctx: Context, encoder: Encoder, text: str, ids: list[int], exact
             ctx.fail(
                 "a byte-level tokenizer does not give the white space back",
                 where=where,
-                hint="its decoder is not ByteLevel, or something strips or joins the pieces with spaces",
+                hint=Hint(
+                    "its decoder is not ByteLevel, or something strips or joins the pieces with spaces",
+                    "tokenizer.decode_wrong",
+                ),
             )
         ctx.note("white space does not survive" + (": clean_up_tokenization_spaces is on" if cleans else ""))
     elif _packed(back).casefold() == _packed(stated).casefold() and encoder.encode(text.lower(), without) == ids:
@@ -221,15 +242,18 @@ def _check_text(ctx: Context, encoder: Encoder, text: str, ids: list[int], exact
         ctx.fail(
             f"decode(encode(x)) is not x: {_first_difference(_packed(stated), _packed(back))}",
             where=where,
-            hint="no token is unknown, so nothing may be lost: look for a table from id to token that is off by one or "
-            "built from another vocabulary, a truncation, and pieces joined with the wrong separator",
+            hint=Hint(
+                "no token is unknown, so nothing may be lost: look for a table from id to token that is off by one or "
+                "built from another vocabulary, a truncation, and pieces joined with the wrong separator",
+                "tokenizer.decode_wrong",
+            ),
         )
     again = ids_of(ctx, encoder, back, without)
     if again != ids:
         ctx.fail(
             "encode(decode(ids)) gives other ids, though no token is unknown",
             where=f"{where}; {_first_ids(ids, again)}",
-            hint="decode joins the pieces so that encode takes them apart differently",
+            hint=Hint("decode joins the pieces so that encode takes them apart differently", "tokenizer.decode_wrong"),
         )
 
 
@@ -285,7 +309,12 @@ def text_of(ctx: Context, encoder: Encoder, ids: list[int], skip: bool | None = 
     try:
         return encoder.decode(ids, skip)
     except EncodingError as error:
-        ctx.fail(str(error), hint="ids that encode() gives are unknown to decode(): the two tables do not agree")
+        ctx.fail(
+            str(error),
+            hint=Hint(
+                "ids that encode() gives are unknown to decode(): the two tables do not agree", "tokenizer.decode_wrong"
+            ),
+        )
         raise AssertionError("unreachable") from error
 
 

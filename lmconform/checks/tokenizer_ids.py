@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lmconform import structure
 from lmconform.checks.tokenizer import FRESH, TEXTS, encoder_of, ids_of, shortened
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.encoding import Encoder
 from lmconform.registry import register_check
@@ -37,14 +38,19 @@ def check_specials(subject: Specimen, ctx: Context) -> None:
             ctx.fail(
                 f"a text is encoded with {ids.count(bos)} start tokens (BOS, {bos}), expected one at most",
                 where=f"encode({shortened(text)}) = {shortened(ids)}",
-                hint="the post-processor adds BOS and so does the code around it (add_bos_token, a template, "
-                "encode() itself): leave one",
+                hint=Hint(
+                    "the post-processor adds BOS and so does the code around it (add_bos_token, a template, "
+                    "encode() itself): leave one",
+                    "tokenizer.double_bos",
+                ),
             )
         if eos is not None and eos != bos and ids.count(eos) > 1:
             ctx.fail(
                 f"a text is encoded with {ids.count(eos)} end tokens (EOS, {eos}), expected one at most",
                 where=f"encode({shortened(text)}) = {shortened(ids)}",
-                hint="the post-processor adds EOS and so does the code around it: leave one",
+                hint=Hint(
+                    "the post-processor adds EOS and so does the code around it: leave one", "tokenizer.double_bos"
+                ),
             )
     _check_template(ctx, encoder, bos)
     vocabulary = encoder.vocabulary()
@@ -117,8 +123,12 @@ def check_padding(subject: Specimen, ctx: Context) -> None:
         ctx.fail(
             f"padding and the end of text are one token ({pad})",
             where="pad_token_id == eos_token_id",
-            hint="a collator that sets labels equal to pad to -100 (DataCollatorForLanguageModeling does) masks every "
-            "end away, and the model never learns to stop; give padding a token of its own, or mask by attention_mask",
+            hint=Hint(
+                "a collator that sets labels equal to pad to -100 (DataCollatorForLanguageModeling does) masks every "
+                "end away, and the model never learns to stop; give padding a token of its own, or mask by "
+                "attention_mask",
+                "tokenizer.pad_is_eos",
+            ),
         )
 
 
@@ -148,9 +158,12 @@ def check_bounds(subject: Specimen, ctx: Context) -> None:
             where=f"id {worst}",
             measured=worst if worst >= 0 else None,
             allowed=subject.vocab_size - 1 if worst >= 0 else None,
-            hint="tokens were added after the model was made: model.resize_token_embeddings(len(tokenizer)); or the "
-            "model was built with another tokenizer's vocab_size (vocab_size leaves added tokens out: use "
-            "len(tokenizer))",
+            hint=Hint(
+                "tokens were added after the model was made: model.resize_token_embeddings(len(tokenizer)); or the "
+                "model was built with another tokenizer's vocab_size (vocab_size leaves added tokens out: use "
+                "len(tokenizer))",
+                "tokenizer.ids_out_of_range",
+            ),
         )
     rows = structure.stated(subject.module, ("vocab_size",)) or subject.vocab_size
     if given and rows > 2 * (max(given) + 1) and rows > max(given) + 1024:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmconform.checks.shared_sweep import MEMORISED, STEPS, Swept, swept, trainable_size
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 from lmconform.sweep.corpus import entropy
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 REQUIRES = ("contract.shape", "contract.finite")
-NEAR = 0.1  # nats within which a loss stands at a floor
+NEAR = 0.1  # nats above a floor within which a loss stands at it; below it there is none
 
 
 @register_check(
@@ -40,7 +41,9 @@ def check_memorize(subject: Specimen, ctx: Context) -> None:
     losses = found.training.losses[best]
     reached = min(losses[-3:]) if not found.training.diverged[best] else math.inf
     rate = found.training.members[best].rate
-    ctx.note(f"{found.training.mode}{_why(found)}; loss {losses[0]:.2f} to {reached:.3g} in {len(losses)} steps at rate {rate:.2g}")  # fmt: skip
+    ctx.note(
+        f"{found.training.mode}{_why(found)}; loss {losses[0]:.2f} to {reached:.3g} in {len(losses)} steps at rate {rate:.2g}"
+    )
     if reached >= MEMORISED:
         told, hint = _floor(found.sentence, reached, losses[0])
         ctx.within(
@@ -55,8 +58,12 @@ def check_memorize(subject: Specimen, ctx: Context) -> None:
             f"a sentence learnt to a loss of {reached:.2g} is not said back by greedy decoding: {len(wrong)} of "
             f"{found.sentence.shape[1] - 2} tokens are wrong",
             where=f"first at position {wrong[0]}",
-            hint="what is predicted in training is not what is predicted from a prefix: attention sees the token that "
-            "is to be predicted (no causal mask), or train and eval mode compute different things",
+            hint=Hint(
+                "what is predicted in training is not what is predicted from a prefix: attention sees the token that "
+                "is to be predicted (no causal mask), or train and eval mode compute different things",
+                "training.label_leak",
+                "mask.missing",
+            ),
         )
 
 
@@ -72,13 +79,13 @@ def _floor(ids: Tensor, reached: float, start: float) -> tuple[str, str]:
         after[token].append(following)
     pairs = sum(len(seen) * entropy(Counter(seen).values()) for seen in after.values()) / (len(tokens) - 1)
     alone = entropy(Counter(tokens[1:]).values())
-    if abs(reached - pairs) < NEAR:
+    if -NEAR / 5 < reached - pairs < NEAR:
         return (
             f": the loss stops at {pairs:.2f}, where a model must stop that sees the current token alone",
             "attention brings nothing from earlier tokens: it is skipped, gated off, multiplied by zero, or its output "
             "is not added to the residual stream; training.uses_context says more",
         )
-    if abs(reached - alone) < NEAR:
+    if -NEAR / 5 < reached - alone < NEAR:
         return (
             f": the loss stops at {alone:.2f}, where a model must stop that knows only how often each token comes",
             "nothing of the input reaches the output that can be trained: layers are frozen or detached, and only the "
@@ -128,8 +135,8 @@ def check_lr_sweep(subject: Specimen, ctx: Context) -> None:
             found.best.final, found.target, f"no learning rate from {found.rows[0].rate:.0e} to "
             f"{found.rows[-1].rate:.0e} halves the loss on one sentence in {found.steps} steps",
             where=f"at best rate {found.best.rate:.2g}",
-            hint="no rate mends this: the gradient does not reach the weights, or the initial weights are far too "
-            "large or too small; gradients.reach, init.loss and init.scale say which",
+            hint=Hint("no rate mends this: the gradient does not reach the weights, or the initial weights are far too "
+            "large or too small; gradients.reach, init.loss and init.scale say which", "training.cannot_memorize"),
         )  # fmt: skip
         return
     low, high = found.good_range
@@ -149,18 +156,28 @@ def check_lr_sweep(subject: Specimen, ctx: Context) -> None:
             f"{'' if given.steps else ' (assumed, the recipe does not say)'}; at least {least:.1g} is needed, "
             f"and {found.recommended:.1g} learns best",
             measured=given.rate,
-            hint="the scheduler brings the rate down to nearly nothing: a factor that multiplies the rate where it is "
-            "meant to be the rate itself, or one that is stepped once per epoch; training.schedule says which"
+            hint=Hint(
+                "the scheduler brings the rate down to nearly nothing: a factor that multiplies the rate where it is "
+                "meant to be the rate itself, or one that is stepped once per epoch; training.schedule says which",
+                "lr.schedule_per_epoch",
+            )
             if dead
-            else "raise the rate before changing the model or the loss: with such a rate little more than the output "
-            "bias learns, and the model says the most frequent token",
+            else Hint(
+                "raise the rate before changing the model or the loss: with such a rate little more than the output "
+                "bias learns, and the model says the most frequent token",
+                "lr.too_small",
+            ),
         )
     if place == "too large":
         ctx.fail(
             f"the recipe's learning rate, {given.words}, is too large: the good range is {low:.1g} to {high:.1g}",
-            measured=given.rate, allowed=high,
-            hint="lower the rate; warm-up and clipping move the edge a little, not by an order of magnitude",
-        )  # fmt: skip
+            measured=given.rate,
+            allowed=high,
+            hint=Hint(
+                "lower the rate; warm-up and clipping move the edge a little, not by an order of magnitude",
+                "lr.too_large",
+            ),
+        )
     ctx.note(f"the recipe's rate, {given.words}, is good")
 
 
@@ -190,7 +207,7 @@ def check_step(subject: Specimen, ctx: Context) -> None:
     if not loss.requires_grad:
         ctx.fail(
             "the loss carries no gradient in train mode: no optimizer step can move a weight",
-            hint="forward() runs under no_grad() or detaches the logits, or everything is frozen",
+            hint=Hint("forward() runs under no_grad() or detaches the logits, or everything is frozen", "grad.frozen"),
         )
     for optimizer in optimizers:
         optimizer.zero_grad()
@@ -220,7 +237,7 @@ def check_step(subject: Specimen, ctx: Context) -> None:
             f"one step of {whose} left {len(felt)} of {len(before)} parameters where they were, although they have a "
             "gradient",
             where=_list(felt),
-            hint="they are not in the optimizer, or their group's rate is zero",
+            hint=Hint("they are not in the optimizer, or their group's rate is zero", "optimizer.missing_parameters"),
         )
     moved = [name for name in stayed if _matters(subject, ctx, name)]
     if moved:
@@ -228,7 +245,9 @@ def check_step(subject: Specimen, ctx: Context) -> None:
             f"one step of {whose} left {len(moved)} of {len(before)} parameters where they were: no gradient reached "
             "them, although changing them changes the logits",
             where=_list(moved),
-            hint="a detach(), .data, .item() or no_grad() lies between them and the logits",
+            hint=Hint(
+                "a detach(), .data, .item() or no_grad() lies between them and the logits", "grad.dead_parameter"
+            ),
         )
     for name in stayed:
         ctx.note(f"{name} does not move, and moves no logit: see gradients.reach")
@@ -251,7 +270,7 @@ def _matters(subject: Specimen, ctx: Context, name: str) -> bool:
     return change > tolerance.allowed(subject.noise, before)
 
 
-def _optimizers(subject: Specimen, ctx: Context, copy: Specimen) -> tuple[list[torch.optim.Optimizer], str]:  # noqa: F821
+def _optimizers(subject: Specimen, ctx: Context, copy: Specimen) -> tuple[list[Any], str]:
     import torch
 
     recipe = subject.recipe
@@ -273,5 +292,3 @@ def _s(things: list[str]) -> str:
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lmconform.cases import Choice
 from lmconform.checks.shared_sweep import good_rate, trainable_size
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ REQUIRES = ("contract.shape", "contract.finite")
 SHARES = (1.0, 0.3, 0.1)  # of the recommended rate
 ROWS = 8
 ALPHABET = 8
-PERIODS = 4  # how often a pattern comes in a row
+PERIODS = ((2,), (2, 3))  # of the patterns: in the default profile, in the thorough one
+TIMES = 4  # a pattern comes in a row
 LEARNT = 0.1  # nats: nearly zero, where chance is ln 7 or ln 6
 SURE = 0.03
 RIGHT = 0.9  # share of held-out tokens that must come out from the prefix alone
@@ -36,8 +37,6 @@ SIGMAS = 5.0
     holds="learns to copy a pattern that comes back to near zero loss: impossible without attention and causality",
     needs=("rebuild",),
     requires=REQUIRES,
-    space={"period": Choice(2, 3)},
-    grid=({"period": 2},),
 )
 def check_uses_context(subject: Specimen, ctx: Context) -> None:
     """Rows of two random tokens that alternate (thorough: of three that go round), new ones at every step.
@@ -47,10 +46,8 @@ def check_uses_context(subject: Specimen, ctx: Context) -> None:
     prefix alone, so that seeing the answer in training does not count as learning.
     """
     trainable_size(subject, ctx)
-    for case in ctx.cases():
-        periods = [case.period] if ctx.profile != "thorough" else [2, 3]
-        for period in periods:
-            _copies(subject, ctx, period)
+    for period in PERIODS[ctx.profile == "thorough"]:
+        _copies(subject, ctx, period)
 
 
 def _copies(subject: Specimen, ctx: Context, period: int) -> None:
@@ -59,7 +56,7 @@ def _copies(subject: Specimen, ctx: Context, period: int) -> None:
     alphabet = subject.ordinary_ids[:ALPHABET]
     if len(alphabet) <= period:
         ctx.not_applicable(f"{len(alphabet)} ordinary tokens are too few for a pattern of {period}")
-    time = subject.longest(PERIODS * period)
+    time = subject.longest(TIMES * period)
     if time <= period:
         ctx.not_applicable(f"a context of {time} tokens is too short for a pattern of {period} to come back")
     rate = good_rate(subject, ctx)
@@ -71,19 +68,36 @@ def _copies(subject: Specimen, ctx: Context, period: int) -> None:
     index = _lowest(training)
     losses = training.losses[index]
     reached = max(losses[-3:])
-    ctx.note(f"pattern of {period}: loss {reached:.2g} after {len(losses)} steps at rate {members[index].rate:.2g} ({training.mode})")  # fmt: skip
+    ctx.note(
+        f"pattern of {period}: loss {reached:.2g} after {len(losses)} steps at rate {members[index].rate:.2g} ({training.mode})"
+    )
     blind = math.log(len(alphabet) - 1)
     if reached >= LEARNT:
         nothing = reached > 0.9 * blind
         ctx.within(
-            reached, LEARNT, f"tokens that go round in a pattern of {period} are not learnt in {steps} steps"
-            + (f": the loss stays at {blind:.2f}, that of a model which sees the current token alone" if nothing else ""),
+            reached,
+            LEARNT,
+            f"tokens that go round in a pattern of {period} are not learnt in {steps} steps"
+            + (
+                f": the loss stays at {blind:.2f}, that of a model which sees the current token alone"
+                if nothing
+                else ""
+            ),
             where=f"rates {', '.join(f'{member.rate:.2g}' for member in members)}",
-            hint="attention brings nothing from earlier tokens: skipped, gated off, every token attends to itself "
-            "alone, or its output is not added" if nothing else
-            "attention finds earlier tokens badly: scores are unscaled or too flat, heads are mixed up, or positions "
-            "are lost; scale.attention and positions.order_matters say more",
-        )  # fmt: skip
+            hint=Hint(
+                "attention brings nothing from earlier tokens: skipped, gated off, every token attends to itself "
+                "alone, or its output is not added",
+                "attention.gated_off",
+                "training.ignores_context",
+            )
+            if nothing
+            else Hint(
+                "attention finds earlier tokens badly: scores are unscaled or too flat, heads are mixed up, or positions "
+                "are lost; scale.attention and positions.order_matters say more",
+                "training.ignores_context",
+                "attention.unscaled",
+            ),
+        )
     ctx.within(reached, LEARNT, f"loss on a pattern of {period}")
     ids = _patterns(subject, ctx, alphabet, period, time)(steps + 1, ctx.seed).ids
     trained = training.trained(index)
@@ -96,10 +110,16 @@ def _copies(subject: Specimen, ctx: Context, period: int) -> None:
         ctx.fail(
             f"a pattern learnt to a loss of {reached:.2g} is continued rightly for {right} of {wanted} held-out tokens "
             "when the model is given the prefix alone",
-            measured=1 - right / wanted, allowed=1 - RIGHT,
-            hint="in training attention sees the token that is to be predicted: there is no causal mask, or it is not "
-            "applied in train mode; causality.no_future_leak shows where",
-        )  # fmt: skip
+            measured=1 - right / wanted,
+            allowed=1 - RIGHT,
+            hint=Hint(
+                "in training attention sees the token that is to be predicted: there is no causal mask, or it is not "
+                "applied in train mode; causality.no_future_leak shows where",
+                "training.label_leak",
+                "mask.missing",
+                "mask.train_only",
+            ),
+        )
 
 
 def _patterns(subject: Specimen, ctx: Context, alphabet: list[int], period: int, time: int) -> Batches:
@@ -151,9 +171,14 @@ def check_honest(subject: Specimen, ctx: Context) -> None:
     labels = bool(subject.can("labels"))
     rate = good_rate(subject, ctx)
     training = train(
-        subject, [Member(rate * share, ctx.seed) for share in SHARES], _random_rows(subject, ctx, drawn, HONEST_ROWS, time),
-        HONEST_STEPS, labels=labels, done_below=0.3 * math.log(len(drawn)), one_is_enough=True,
-    )  # fmt: skip
+        subject,
+        [Member(rate * share, ctx.seed) for share in SHARES],
+        _random_rows(subject, ctx, drawn, HONEST_ROWS, time),
+        HONEST_STEPS,
+        labels=labels,
+        done_below=0.3 * math.log(len(drawn)),
+        one_is_enough=True,
+    )
     index = _lowest(training)
     trained = training.trained(index)
     batch = _random_rows(subject, ctx, drawn, HELD_OUT, time)(HONEST_STEPS + 1, ctx.seed)
@@ -187,7 +212,9 @@ def _leak(trained: Specimen, ids: Tensor, targets: Tensor, allowed: float) -> tu
     )
     prefix = right / max(1, int((targets >= 0).sum()))
     shown = {train: _accuracy(trained.logits(ids, train=train), targets) for train in (False, True)}
-    where = f"right without labels {shown[False]:.1%}, in train mode {shown[True]:.1%}, from the prefix alone {prefix:.1%}"
+    where = (
+        f"right without labels {shown[False]:.1%}, in train mode {shown[True]:.1%}, from the prefix alone {prefix:.1%}"
+    )
     if max(shown.values()) <= allowed:
         return where, (
             "the labels themselves enter the logits: forward(labels=...) mixes them into the input (decoder inputs, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 
@@ -45,24 +46,33 @@ def check_optimizer(subject: Specimen, ctx: Context) -> None:
             f"{'are' if len(stale) > 1 else 'is'} no parameter of the model "
             f"(the first of shape {list(stale[0].shape)}){also}",
             where=missing[0] if missing else "",
-            hint="the optimizer was made before the model got its final parameters (resize_token_embeddings, a new or "
-            "re-tied head, an adapter, a copy, another dtype): make it last",
+            hint=Hint(
+                "the optimizer was made before the model got its final parameters (resize_token_embeddings, a new or "
+                "re-tied head, an adapter, a copy, another dtype): make it last",
+                "optimizer.stale_parameters",
+            ),
         )
     if missing:
         ctx.fail(
             f"{len(missing)} trainable parameter{'s are' if len(missing) > 1 else ' is'} not in the optimizer: "
             f"{_list(missing)}",
             where=missing[0],
-            hint="the groups are picked by name or type and some fall through (a norm that is not nn.LayerNorm, a raw "
-            "nn.Parameter, a tied head); what is meant to stay fixed should have requires_grad=False",
+            hint=Hint(
+                "the groups are picked by name or type and some fall through (a norm that is not nn.LayerNorm, a raw "
+                "nn.Parameter, a tied head); what is meant to stay fixed should have requires_grad=False",
+                "optimizer.missing_parameters",
+            ),
         )
     twice = [live[key] for key in dict.fromkeys(held_ids) if held_ids.count(key) > 1]
     if twice:
         ctx.fail(
             f"{_list(twice)} {'is' if len(twice) == 1 else 'are'} in the optimizer more than once",
             where=twice[0],
-            hint="a tied weight has two names (use named_parameters() as it is, without remove_duplicate=False), or "
-            "two optimizers share it",
+            hint=Hint(
+                "a tied weight has two names (use named_parameters() as it is, without remove_duplicate=False), or "
+                "two optimizers share it",
+                "optimizer.stale_parameters",
+            ),
         )
     frozen = [live[id(p)] for p in held if not p.requires_grad]
     if frozen:
@@ -86,7 +96,9 @@ def made_optimizers(ctx: Context, recipe: Recipe, module: nn.Module) -> list[Any
         duplicate = "more than one parameter group" in str(error)
         ctx.fail(
             f"make_optimizer(model) raised ValueError: {first_line(error)}",
-            hint="a tied weight, or one that two rules match, is in two groups" if duplicate else "",
+            hint=Hint("a tied weight, or one that two rules match, is in two groups", "optimizer.stale_parameters")
+            if duplicate
+            else "",
         )
     raise AssertionError("unreachable")
 
@@ -116,8 +128,11 @@ def _check_stated_decay(ctx: Context, recipe: Recipe, optimizers: list[Any], liv
             ctx.fail(
                 f"{name} is decayed by {decay:g}, though the recipe states that it is not",
                 where=name,
-                hint="the names in the no-decay list are another model's (LayerNorm.weight, ln_f, norm.weight): select "
-                "by p.dim() >= 2 instead",
+                hint=Hint(
+                    "the names in the no-decay list are another model's (LayerNorm.weight, ln_f, norm.weight): select "
+                    "by p.dim() >= 2 instead",
+                    "optimizer.decays_norms",
+                ),
             )
         if wanted and not decay and stated:
             ctx.fail(f"{name} is not decayed, though the recipe states that it is", where=name)
@@ -153,8 +168,11 @@ def check_weight_decay(subject: Specimen, ctx: Context) -> None:
             f"weight decay {groups[0]['weight_decay']:g} is applied to {len(decayed)} biases and normalisation scales "
             f"({_list(decayed)})",
             where=decayed[0],
-            hint="put parameters with p.dim() < 2 into a group with weight_decay=0; if it is meant, say so: "
-            "Recipe(no_decay=())",
+            hint=Hint(
+                "put parameters with p.dim() < 2 into a group with weight_decay=0; if it is meant, say so: "
+                "Recipe(no_decay=())",
+                "optimizer.decays_norms",
+            ),
         )
     for optimizer in optimizers:
         if type(optimizer).__name__ == "Adam" and not optimizer.defaults.get("decoupled_weight_decay"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.checks.training_optimizer import made_optimizers
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.recipe import WORDS
 from lmconform.registry import register_check
@@ -78,8 +79,11 @@ class Run:
                 f"the recipe states a learning rate of {stated:g}, and the optimizer was built with "
                 f"{', '.join(f'{own:g}' for own in dict.fromkeys(self.base))}",
                 where="param_groups[0]['lr']",
-                hint="the rate is not passed on to the optimizer, which then takes its class's default; or the "
-                "scheduler's constructor overwrites it",
+                hint=Hint(
+                    "the rate is not passed on to the optimizer, which then takes its class's default; or the "
+                    "scheduler's constructor overwrites it",
+                    "lr.not_applied",
+                ),
             )
 
     def make(self, total: int) -> None:
@@ -161,8 +165,11 @@ def _check_lengths(ctx: Context, recipe: Recipe) -> None:
             measured=total,
             allowed=real,
             where=f"the run ends after {real / total:.0%} of the schedule",
-            hint="warm-up is as many times too long, and the decay is never reached: divide the number of batches by "
-            "the accumulation",
+            hint=Hint(
+                "warm-up is as many times too long, and the decay is never reached: divide the number of batches by "
+                "the accumulation",
+                "lr.not_applied",
+            ),
         )
 
 
@@ -182,17 +189,22 @@ def _check_applied(ctx: Context, run: Run, rates: list[list[float]]) -> None:
         ctx.fail(
             f"the scheduler's rate is not applied: it says {said:.4g}, the optimizer has {held:.4g}",
             where=f"optimizer step {step}",
-            hint="it was attached to another optimizer than the one that steps: build the scheduler last, on the final "
-            "optimizer"
+            hint=Hint(
+                "it was attached to another optimizer than the one that steps: build the scheduler last, on the final "
+                "optimizer",
+                "lr.not_applied",
+            )
             if other
-            else "step() computes the rate and does not write it into every group's 'lr'",
+            else Hint("step() computes the rate and does not write it into every group's 'lr'", "lr.not_applied"),
         )
     still = [g for g in range(len(now)) if len({row[g] for row in rates}) == 1]
     if moving and still and not hasattr(run.scheduler, "base_lrs"):
         ctx.fail(
             f"the schedule moves only some parameter groups: group {still[0]} keeps {now[still[0]]:.4g} all along",
             where=f"param_groups[{still[0]}]['lr']",
-            hint="optimizer.param_groups[0]['lr'] = ... sets the first group; loop over all of them",
+            hint=Hint(
+                "optimizer.param_groups[0]['lr'] = ... sets the first group; loop over all of them", "lr.not_applied"
+            ),
         )
 
 
@@ -303,7 +315,7 @@ def _check_without_form(ctx: Context, recipe: Recipe, run: Run, curve: list[floa
                 f"stays below {peak:.1e} in the whole run (the optimizer's own rate is {base:.1e})",
                 where=f"{calls} epochs of {run.per_epoch} optimizer steps",
                 measured=peak,
-                hint="call scheduler.step() after every optimizer.step()"
+                hint=Hint("call scheduler.step() after every optimizer.step()", "lr.schedule_per_epoch")
                 + (
                     f"; and the factor never exceeds {max(by_step) / base:.1e} even so: a Noam formula is the rate "
                     "itself, the optimizer's own must be 1"
@@ -317,7 +329,10 @@ def _check_without_form(ctx: Context, recipe: Recipe, run: Run, curve: list[floa
                 f"the schedule is stepped once per epoch while its formula counts optimizer steps: it was built for "
                 f"{run.total} steps and is stepped {calls} times",
                 where=f"the rate goes from {curve[0]:.4g} to {curve[-1]:.4g}",
-                hint="step it after every optimizer.step(), or build it from the number of epochs",
+                hint=Hint(
+                    "step it after every optimizer.step(), or build it from the number of epochs",
+                    "lr.schedule_per_epoch",
+                ),
             )
     elif base < 0.1 and peak < STARVED * base and steps == run.total:
         ctx.fail(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.checks.training_optimizer import made_optimizers
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 from lmconform.saving import poison, pretrained, quiet_transformers
@@ -169,7 +170,10 @@ class Training:
         except Exception as error:
             self.ctx.fail(
                 f"what was saved does not load into a run built anew: {type(error).__name__}: {first_line(error)}",
-                hint="the parts built the second time differ from those of the first: groups, order, names",
+                hint=Hint(
+                    "the parts built the second time differ from those of the first: groups, order, names",
+                    "training.resume_differs",
+                ),
             )
         torch.set_rng_state(state["random"][0])
         random.setstate(state["random"][1])
@@ -339,8 +343,11 @@ def _through_trainer(subject: Specimen, ctx: Context, recipe: Recipe, batches: l
             value,
             "a run resumed from a Trainer checkpoint differs from an uninterrupted one",
             where=f"{name}, {STEPS - CUT} steps after resuming",
-            hint="resume_from_checkpoint restores model, optimizer, scheduler and random state; what else the model or "
-            "the optimizer keeps must be in a state_dict()",
+            hint=Hint(
+                "resume_from_checkpoint restores model, optimizer, scheduler and random state; what else the model or "
+                "the optimizer keeps must be in a state_dict()",
+                "training.resume_differs",
+            ),
             allowed=tolerance.FACTOR * tolerance.epsilon(subject.dtype) * scale,
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
+from lmconform.context import Hint
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -52,11 +53,18 @@ def check_registered(subject: Specimen, ctx: Context) -> None:
         ctx.fail(
             f"logits depend on {name}, which is neither a parameter nor a buffer",
             where=name + rest,
-            hint="modules in a plain list or dict are invisible: use nn.ModuleList or nn.ModuleDict; no optimizer "
-            "trains their weights, and neither .to() nor state_dict() sees them"
+            hint=Hint(
+                "modules in a plain list or dict are invisible: use nn.ModuleList or nn.ModuleDict; no optimizer "
+                "trains their weights, and neither .to() nor state_dict() sees them",
+                "grad.unregistered",
+            )
             if kind == "module"
-            else "assign it as nn.Parameter if it is trained, else with register_buffer(name, tensor, persistent=...): "
-            "as it stands .to(device), state_dict() and the optimizer pass it by",
+            else Hint(
+                "assign it as nn.Parameter if it is trained, else with register_buffer(name, tensor, persistent=...): "
+                "as it stands .to(device), state_dict() and the optimizer pass it by",
+                "grad.unregistered",
+                "device.unregistered_tensor",
+            ),
         )
     unused = ", ".join(name for name, _, _ in loose[:3])
     ctx.note(f"plain tensors that move no logit: {unused}{', ...' if len(loose) > 3 else ''}")
@@ -161,8 +169,11 @@ def check_sharing(subject: Specimen, ctx: Context) -> None:
             ctx.fail(
                 "parameters in different places are one tensor, and no tie is declared",
                 where=f"{' and '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}",
-                hint="one layer repeated ([Block()] * n, or one object given twice) trains one set of weights: build "
-                "each anew; if it is meant, declare it in the class's _tied_weights_keys",
+                hint=Hint(
+                    "one layer repeated ([Block()] * n, or one object given twice) trains one set of weights: build "
+                    "each anew; if it is meant, declare it in the class's _tied_weights_keys",
+                    "init.shared_layers",
+                ),
             )
 
 

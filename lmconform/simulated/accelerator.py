@@ -78,6 +78,17 @@ class SimulatedAccelerator:
             yield self
 
     @contextmanager
+    def second_device(self) -> Iterator[torch.device]:
+        """Within, the accelerator is there and has a cuda:1, also where only one device was asked for."""
+        before = self.devices
+        self.devices = tuple(torch.device("cuda", number) for number in range(max(2, len(before))))
+        try:
+            with self.active():
+                yield self.devices[1]
+        finally:
+            self.devices = before
+
+    @contextmanager
     def unmarked_at(self, place: torch.device) -> Iterator[None]:
         """While the engine runs: its tensors carry no marks, and are taken to lie where they are used.
 

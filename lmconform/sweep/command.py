@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("spec", metavar="SPEC", help="the model, as for lmconform check")
     parser.add_argument(
-        "--rates", default="1e-5:1e-1:12", metavar="FIRST:LAST:COUNT", help="or a list: 1e-4,3e-4 (default: %(default)s)"
+        "--rates",
+        default="1e-5:1e-1:12",
+        metavar="FIRST:LAST:COUNT",
+        help="or a list: 1e-4,3e-4 (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each rate (default: 3)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="of AdamW (default: 100)")
@@ -207,4 +210,3 @@ def _write_json(
         "given": None if isinstance(given, str) else {"rate": given.rate, "steps": given.steps, "place": place},
     }
     write_whole(file, json.dumps(jsonable(data), indent=1) + "\n")
-

@@ -28,7 +28,7 @@ def terminal_curve(outcome: Outcome, given: float | None = None) -> list[str]:
     rows = outcome.rows
     finite = [row.high for row in rows if math.isfinite(row.high)]
     top = max([*finite, rows[0].start])
-    bottom = min([0.0, *(row.low for row in rows)])
+    bottom = min([top, *(row.low for row in rows)])
 
     def level(value: float) -> int:
         share = (min(value, top) - bottom) / (top - bottom or 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from fixtures.subjects import SOUND, build
@@ -12,14 +14,21 @@ SEEDS = range(3)
 MANY = range(50)
 
 
-def conforms(name: str, seed: int) -> Report:
+def conforms(name: str, seed: int, **options: str) -> Report:
     """The report of one sound subject. Known deviations of transformers apply, as they do for users."""
     import torch
 
     subject = Subject(lambda: build(name, torch.initial_seed() % (1 << 31)), name=name)
-    report = check_model(subject, seed=seed)
+    report = check_model(subject, seed=seed, **options)
     assert report.failed == []
     return report
+
+
+@functools.cache
+def verdicts(name: str, device: str, profile: str) -> dict[str, str]:
+    report = conforms(name, 0, device=device, profile=profile)
+    assert report.device == device
+    return {result.id: result.status.value for result in report.results}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -28,6 +37,17 @@ def test_conforms(name: str, seed: int) -> None:
     report = conforms(name, seed)
     assert report.counts["passed"] > 30
     assert report.counts["blocked"] == 0
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_smoke_verdicts_are_the_cpus(name: str, device: str) -> None:
+    assert verdicts(name, device, "smoke") == verdicts(name, "cpu", "smoke")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOUND)
+def test_default_verdicts_are_the_cpus(name: str, device: str) -> None:
+    assert verdicts(name, device, "default") == verdicts(name, "cpu", "default")
 
 
 @pytest.mark.slow
