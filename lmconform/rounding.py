@@ -6,6 +6,7 @@ Rounding noise is measured on it: every submodule's output is rounded to the typ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,10 +25,35 @@ SAMPLES = 3  # of the rounding noise
 
 
 def in_type(subject: Specimen, dtype: torch.dtype) -> Specimen:
-    """A copy of which every floating parameter and buffer is in that type."""
-    copied = subject._derive(subject.copy().module.to(dtype))
+    """A copy in that type, but for what transformers' loader keeps in float32 because the class says so."""
+    import torch
+
+    module = subject.copy().module
+    kept: dict[str, Any] = {}
+    if (wide := kept_in_float32(module, dtype)) is not None:
+        tensors: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+        kept = {name: tensor.detach() for name, tensor in tensors if wide.search(name) and tensor.is_floating_point()}
+    module = module.to(dtype)
+    for name, tensor in kept.items():
+        holder, _, attribute = name.rpartition(".")
+        getattr(module.get_submodule(holder), attribute).data = tensor.to(torch.float32)
+    copied = subject._derive(module)
     _any_experts(copied.module)
     return copied
+
+
+def kept_in_float32(module: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """The names that transformers leaves in float32 when it loads in `dtype`; None where there are none."""
+    import torch
+
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None
+    names: set[str] = set()
+    for part in module.modules():
+        names |= set(getattr(part, "_keep_in_fp32_modules_strict", None) or ())
+        if dtype == torch.float16:
+            names |= set(getattr(part, "_keep_in_fp32_modules", None) or ())
+    return re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:$|\.)" for name in sorted(names))) if names else None
 
 
 def _any_experts(module: nn.Module) -> None:
@@ -178,6 +204,7 @@ class Choices:
         from torch.overrides import TorchFunctionMode
 
         tops = {torch.topk: "topk", torch.Tensor.topk: "topk", torch.sort: "sort", torch.Tensor.sort: "sort"}
+        tops |= {torch.max: "max", torch.Tensor.max: "max"}  # with dim: sparse mixers take the largest again and again
         bare = {torch.argmax, torch.Tensor.argmax, torch.argsort, torch.Tensor.argsort}
         choices = self
         waiting = iter(self.made)
@@ -189,7 +216,7 @@ class Choices:
                     return result
                 given = kwargs or {}
                 values = args[0] if args else given["input"]
-                if not values.is_floating_point():
+                if not values.is_floating_point() or (tops.get(func) == "max" and isinstance(result, torch.Tensor)):
                     return result
                 indices = result if func in bare else result[1]
                 if not replay:
@@ -203,6 +230,10 @@ class Choices:
                     return known
                 place = 2 if tops[func] == "topk" else 1
                 axis = given.get("dim", args[place] if len(args) > place and isinstance(args[place], int) else -1)
-                return getattr(torch.return_types, tops[func])((values.gather(axis, known), known))
+                if known.dim() < values.dim():  # max without keepdim
+                    taken = values.gather(axis, known.unsqueeze(axis)).squeeze(axis)
+                else:
+                    taken = values.gather(axis, known)
+                return getattr(torch.return_types, tops[func])((taken, known))
 
         return Mode()

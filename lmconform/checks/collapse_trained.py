@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lmconform.checks.shared_sweep import good_rate, trainable_size
@@ -58,7 +59,7 @@ _trained: weakref.WeakKeyDictionary[Specimen, dict[tuple[int, str], Trained]] = 
 
 @register_check(
     "collapse.tokens",
-    holds="after training: EOS share, top-token share, coverage and entropy of the predictions are near the corpus' own",
+    holds="after training: EOS share, top-token share, coverage and entropy of predictions are near the corpus' own",
     needs=("rebuild",),
     requires=REQUIRES,
 )
@@ -166,7 +167,7 @@ def check_samples(subject: Specimen, ctx: Context) -> None:
 
 
 def trained(subject: Specimen, ctx: Context) -> Trained:
-    """The subject trained on its recipe's data and loss, once for each seed. Raises Unavailable where it is too large."""
+    """The subject trained on its recipe's data and loss, once a seed. Raises Unavailable where it is too large."""
     trainable_size(subject, ctx)
     kept = _trained.setdefault(subject, {})
     key = (ctx.seed, ctx.profile)
@@ -179,7 +180,7 @@ def _train(subject: Specimen, ctx: Context) -> Trained:
     import torch
 
     from lmconform.checks.gradients import without_dropout
-    from lmconform.sweep.members import cross_entropy
+    from lmconform.sweep.batches import cross_entropy
 
     own = getattr(subject.recipe, "loss", None)
     shifts = _shifts(subject, own, ctx.ids(2, 4)) if own is not None else subject.convention.labels_shifted
@@ -223,7 +224,7 @@ def _train(subject: Specimen, ctx: Context) -> Trained:
 
 
 def _counted(example: Example, shifts: bool) -> Tensor:
-    """The places whose prediction is trained: the label after them counts (where the loss does not shift: their own)."""
+    """Places whose prediction is trained: the label after them counts (their own, where the loss does not shift)."""
     import torch
 
     if not shifts:
@@ -291,10 +292,10 @@ def _like(text: Sequence[Sequence[int]], count: int, length: int) -> list[list[i
 
 
 def _distinct(rows: Sequence[Sequence[int]]) -> float:
-    pairs = Counter(pair for row in rows for pair in zip(row, row[1:], strict=False))
+    pairs = Counter(pair for row in rows for pair in pairwise(row))
     return len(pairs) / max(1, pairs.total())
 
 
 def _repeats(rows: Sequence[Sequence[int]]) -> float:
-    pairs = [left == right for row in rows for left, right in zip(row, row[1:], strict=False)]
+    pairs = [left == right for row in rows for left, right in pairwise(row)]
     return sum(pairs) / max(1, len(pairs))

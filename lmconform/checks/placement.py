@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -247,11 +247,24 @@ def check_default_device(subject: Specimen, ctx: Context) -> None:
         with context:
             copied = subject.copy()
             copied.module.to("cpu")
-            with device:
+            with default_device(device):
                 course = exercised(copied, torch.device("cpu"), ids, {"forward": forward})
             _judged(ctx, course, pretended, expected, f"under the default device {device}")
             if subject.can("rebuild"):
                 _built_there(subject, ctx, ids, device, pretended, expected)
+
+
+@contextmanager
+def default_device(device: torch.device) -> Iterator[None]:
+    """torch.set_default_device, taken back at the end."""
+    import torch
+
+    before = torch.get_default_device()
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None if before.type == "cpu" else before)
 
 
 def _built_there(
@@ -262,7 +275,7 @@ def _built_there(
     state = {name: value.detach().cpu() for name, value in subject.module.state_dict().items()}
     text = f"built under the default device {device}"
     try:
-        with device:
+        with default_device(device):
             module = subject.builder(subject.seed)
     except Exception as error:
         run = Run(error=error)
@@ -278,7 +291,7 @@ def _built_there(
         )
     module.load_state_dict(state)
     built = subject._derive(module.to(dtype=subject.dtype).eval())
-    with device:
+    with default_device(device):
         course = exercised(built, built.device, ids, {"forward": forward})
     for name, place in course.strays.items():
         ctx.fail(

@@ -13,7 +13,7 @@ from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.exercises import padded
 from lmconform.registry import register_check
-from lmconform.rounding import SAMPLES, Choices, Trace, in_type, rounded, traced
+from lmconform.rounding import SAMPLES, Choices, Trace, in_type, kept_in_float32, rounded, traced
 from lmconform.traces import hooked
 
 if TYPE_CHECKING:
@@ -188,11 +188,13 @@ def _raised(half: Specimen, ctx: Context, dtype: torch.dtype, error: Exception, 
 def _blame(half: Specimen, ctx: Context, dtype: torch.dtype, trace: Trace, message: str, place: str) -> None:
     """Fail, naming what brings another type in: an unregistered table, a replaced buffer, or the first module."""
     module = half.module
+    wide = kept_in_float32(module, dtype)
     held = [(name, tensor, "neither parameter nor buffer, so .to(dtype) passes it by")
             for name, kind, tensor in loose_tensors(module) if tensor.dtype != dtype]  # fmt: skip
     registered: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
     held += [(name, tensor, "replaced after the conversion") for name, tensor in registered
-             if tensor.is_floating_point() and tensor.dtype != dtype]  # fmt: skip
+             if tensor.is_floating_point() and tensor.dtype != dtype
+             and (wide is None or not wide.search(name))]  # fmt: skip
     inside = trace.place.partition(" ")[0]
     held.sort(key=lambda item: not (inside and item[0].startswith(inside)))
     if held:

@@ -53,7 +53,8 @@ def swept(subject: Specimen, ctx: Context) -> Swept:
 
     Raises Unavailable where the model is too large to be trained many times in a check.
     """
-    from lmconform.sweep.members import Member, next_token, train
+    from lmconform.sweep.batches import next_token
+    from lmconform.sweep.members import Member, train
 
     trainable_size(subject, ctx)
     kept = _swept.setdefault(subject, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lmconform.checks.shared_sweep import MEMORISED, STEPS, Swept, swept, trainable_size
@@ -42,7 +43,8 @@ def check_memorize(subject: Specimen, ctx: Context) -> None:
     reached = min(losses[-3:]) if not found.training.diverged[best] else math.inf
     rate = found.training.members[best].rate
     ctx.note(
-        f"{found.training.mode}{_why(found)}; loss {losses[0]:.2f} to {reached:.3g} in {len(losses)} steps at rate {rate:.2g}"
+        f"{found.training.mode}{_why(found)}; loss {losses[0]:.2f} to {reached:.3g} in {len(losses)} steps at rate "
+        f"{rate:.2g}"
     )
     if reached >= MEMORISED:
         told, hint = _floor(found.sentence, reached, losses[0])
@@ -75,7 +77,7 @@ def _floor(ids: Tensor, reached: float, start: float) -> tuple[str, str]:
     """Whether the loss stands where a model without context must stop: words for the message, and the hint."""
     tokens = ids[0].tolist()
     after = defaultdict(list)
-    for token, following in zip(tokens, tokens[1:], strict=False):
+    for token, following in pairwise(tokens):
         after[token].append(following)
     pairs = sum(len(seen) * entropy(Counter(seen).values()) for seen in after.values()) / (len(tokens) - 1)
     alone = entropy(Counter(tokens[1:]).values())
@@ -195,7 +197,7 @@ def check_step(subject: Specimen, ctx: Context) -> None:
     import torch
 
     from lmconform.checks.gradients import without_dropout
-    from lmconform.sweep.members import cross_entropy, next_token
+    from lmconform.sweep.batches import cross_entropy, next_token
 
     if subject.can("rebuild"):
         trainable_size(subject, ctx)
@@ -215,7 +217,9 @@ def check_step(subject: Specimen, ctx: Context) -> None:
     for optimizer in optimizers:
         optimizer.step()
     after = dict(copy.module.named_parameters())
-    stayed, felt, strayed = [], [], []
+    stayed: list[str] = []
+    felt: list[str] = []
+    strayed: list[str] = []
     for name, old in before.items():
         new = after.get(name)
         if new is None or new.shape != old.shape:

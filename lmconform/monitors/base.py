@@ -65,6 +65,7 @@ class Monitor(TrainerCallback):
 
     wants_logits = False  # whether the Trainer's forward calls are watched
     wants_gradients = False
+    follows = False  # whether `follow` is to be called at every step
 
     def __init__(self, *, every: int = 10, stop: bool = False, log: str | Path | None = None) -> None:
         if every < 1:
@@ -95,6 +96,8 @@ class Monitor(TrainerCallback):
         counted. Returns the alerts that this step raised. Raises TypeError for an unknown keyword.
         """
         self.steps += 1
+        if not self.follows and not self.due(self.steps):
+            return []
         return self._look(Moment(step=self.steps, **seen))
 
     def due(self, step: int) -> bool:
@@ -106,11 +109,12 @@ class Monitor(TrainerCallback):
         raise NotImplementedError
 
     def follow(self, moment: Moment) -> None:
-        """Called at every step, looked at or not: for what cannot be skipped. It must cost next to nothing."""
+        """Called at every step where `follows` is set: for what cannot be skipped. It must cost next to nothing."""
 
     def _look(self, moment: Moment) -> list[Alert]:
         before = len(self.alerts)
-        self.follow(moment)
+        if self.follows:
+            self.follow(moment)
         if self.due(moment.step):
             figures = self.observe(moment)
             if figures is not None:

@@ -98,7 +98,7 @@ class CollapseMonitor(Monitor):
                 ]
             ).tolist()  # fmt: skip
             top_share, seen, entropy_, own_, loud, loud_id, loud_own, corpus_top, top_own = numbers
-        expected = len(torch.unique(labels)) if labels is not None else None
+        expected = int((torch.bincount(labels, minlength=vocabulary) > 0).sum()) if labels is not None else None
         figures |= {
             "top_token": top, "top_share": top_share, "corpus_top_share": corpus_top, "coverage": int(seen),
             "corpus_coverage": expected, "entropy": entropy_, "corpus_entropy": own_,

@@ -16,7 +16,7 @@ STARVED = 0.1
 
 
 class EffectiveRateMonitor(Monitor):
-    """Reads `lr` of the parameter groups at every step, and compares with the schedule's closed form.
+    """Reads `lr` of the parameter groups at every other step, and compares with the schedule's closed form.
 
     `schedule(step) -> factor` and `learning_rate` give the closed form, in optimizer steps from 0; without
     them the scheduler's own lambda is evaluated at the true number of steps, so that a schedule made for steps and
@@ -31,7 +31,7 @@ class EffectiveRateMonitor(Monitor):
         learning_rate: float | None = None,
         interval: str = "step",
         recipe: Recipe | None = None,
-        every: int = 1,
+        every: int = 2,
         stop: bool = False,
         log: str | Path | None = None,
     ) -> None:
@@ -55,10 +55,13 @@ class EffectiveRateMonitor(Monitor):
         counter = getattr(scheduler, "last_epoch", None)
         figures: dict[str, Any] = {"lr": used, "promised": promised, "scheduler_steps": counter}
         if promised is None:
-            return figures if moment.step % 10 == 1 else None
+            return figures if moment.step % 10 in (0, 1) else None
         apart = abs(used - promised) > APART * max(abs(promised), abs(used))
-        self._judge(moment, used, promised, counter, apart)
-        return figures if apart or moment.step % 10 == 1 else None
+        if apart:
+            self._judge(moment, used, promised, counter)
+        else:
+            self._streaks.clear()
+        return figures if apart or moment.step % 10 in (0, 1) else None
 
     def _closed_form(self, moment: Moment) -> float | None:
         """The promised rate at this step; None where nothing promises one."""
@@ -72,11 +75,11 @@ class EffectiveRateMonitor(Monitor):
             return float(scheduler.base_lrs[0]) * float(lambdas[0](done))
         return self.learning_rate if moment.scheduler is None else None
 
-    def _judge(self, moment: Moment, used: float, promised: float, counter: int | None, apart: bool) -> None:
+    def _judge(self, moment: Moment, used: float, promised: float, counter: int | None) -> None:
         lagging = counter is not None and self.interval == "step" and counter < (moment.step - 1) // 2
         starved = used < STARVED * promised
         evidence = {"lr": used, "promised": promised, "scheduler_steps": counter, "optimizer_steps": moment.step - 1}
-        if self.lasting("lag", apart and lagging and (starved or self.schedule is not None), times=20):
+        if self.lasting("lag", lagging and (starved or self.schedule is not None), times=10):
             epochs = "" if moment.epochs is None else f", after {moment.epochs:.3g} epochs"
             self.warn(
                 moment, "lr.schedule_per_epoch",
@@ -88,19 +91,19 @@ class EffectiveRateMonitor(Monitor):
             return
         if lagging:
             return
-        if self.lasting("low", starved, times=20):
+        if self.lasting("low", starved, times=10):
             self.warn(
                 moment, "lr.too_small", f"the optimizer uses a rate of {used:.3g} where {promised:.3g} is due",
                 "Look at what multiplies it: two schedules at once, a factor instead of a rate, a scheduler stepped "
                 "per micro-batch, or a group that was added later.", **evidence,
             )  # fmt: skip
-        elif self.lasting("high", promised < STARVED * used, times=20):
+        elif self.lasting("high", promised < STARVED * used, times=10):
             self.warn(
                 moment, "lr.too_large", f"the optimizer uses a rate of {used:.3g} where {promised:.3g} is due",
                 "The schedule does not reach this optimizer: it was built on another one, or the warm-up is skipped.",
                 **evidence,
             )  # fmt: skip
-        elif self.lasting("other", apart, times=20):
+        elif self.lasting("other", True, times=10):
             self.warn(
                 moment, "lr.not_applied", f"the optimizer uses a rate of {used:.3g} where {promised:.3g} is due",
                 "Compare the length, the warm-up and the decay that the scheduler was built with.", **evidence,

@@ -28,6 +28,7 @@ class UpdateMonitor(Monitor):
     """
 
     wants_logits = True  # for the loss
+    follows = True
 
     def __init__(self, *, every: int = 10, stop: bool = False, log: str | Path | None = None) -> None:
         super().__init__(every=every, stop=stop, log=log)

@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     for line in terminal_curve(found, mine):
         console.print(line)
     console.print()
-    place = _say(console, found, given)
+    place = _say(console, args.spec, found, given)
     if args.json:
         _write_json(args.json, specimen.name, corpus.name, found, training, given, place)
     if args.png:
@@ -161,12 +161,13 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
-def _say(console: Console, found: Outcome, given: GivenRate | str) -> str:
+def _say(console: Console, spec: str, found: Outcome, given: GivenRate | str) -> str:
     """The verdict in words; returns where the user's rate lies, empty where there is none."""
     if found.good_range is None or found.recommended is None:
         console.print(
             f"No rate learns: the lowest loss is {_number(found.best.final)}, and knowing only how often each token "
-            f"comes would give {found.target:.2f}. Look at what is trainable: lmconform check --select training,gradients"
+            f"comes would give {found.target:.2f}. Look at what can be trained: lmconform check {spec} --select "
+            "training,gradients"
         )
         return ""
     low, high = found.good_range

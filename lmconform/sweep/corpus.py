@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmconform.specimen import Specimen
-    from lmconform.sweep.members import Batch, Batches
+    from lmconform.sweep.batches import Batch, Batches
 
 SENTENCE = (0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 9, 1, 10, 11, 2)  # the words; 0, 1 and 2 come more than once
 WORDS = 48  # of the rule's language, at most
-ROWS, TIME = 8, 24
+ROWS, TIME = 4, 16
 KEPT = 64  # batches
 
 
@@ -41,7 +41,7 @@ class Corpus:
         """Windows drawn at random, the same for the same step and seed."""
         import torch
 
-        from lmconform.sweep.members import Batch
+        from lmconform.sweep.batches import Batch
 
         time = min(specimen.longest(time), len(self.ids) - 1)
         made: dict[tuple[int, int], Batch] = {}

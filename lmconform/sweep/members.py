@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmconform.conventions import first_line
+from lmconform.sweep.batches import Batch, Batches, Loss, cross_entropy, logits_of
+from lmconform.sweep.stacking import Vectorised, vectorisable
 
 if TYPE_CHECKING:
     import torch
@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 
     from lmconform.specimen import Specimen
 
-IGNORED = -100
 DIVERGED = 4.0  # a loss this many times the first one is given up
 SETTLING = 5  # but not within the first steps
 MEMORY = 2 << 30  # bytes that the members of one chunk may take, if so much is free
 TENSORS = 6  # of the weights' size that a member takes: weights, two moments, gradients as they come and side by side
-WAYS = ("as it is called", "with eager attention", "with eager attention and a ready 4-D mask")
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,6 @@ class Member:
 
     rate: float
     seed: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """ids [rows, time]; targets [rows, time]: what the logits at each place should say, -100 where nothing."""
-
-    ids: Tensor
-    targets: Tensor
-
-
-Batches = Callable[[int, int], Batch]  # of step and seed
-Loss = Callable[["Tensor", "Tensor"], "Tensor"]  # of logits and targets as they stand
 
 
 @dataclass
@@ -77,20 +63,6 @@ class Training:
         return member
 
 
-def next_token(ids: Tensor) -> Batch:
-    """Ids [rows, time] and the token after each as its target."""
-    targets = ids.roll(-1, dims=1)
-    targets[:, -1] = IGNORED
-    return Batch(ids, targets)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over all targets; logits [rows, time, vocab]."""
-    from torch.nn import functional as F
-
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-
-
 def train(
     subject: Specimen,
     members: Sequence[Member],
@@ -110,8 +82,8 @@ def train(
 
     A subject that cannot be built again starts every member from the weights it came with. With `labels` the model is
     given its labels too, as a Trainer would. A member whose loss diverges is stopped; one that was below `done_below`
-    for three steps has reached its end; with `one_is_enough` the others end there too. Without `keep` no trained weights
-    are kept. Raises NothingToTrain where every parameter is frozen.
+    for three steps has reached its end; with `one_is_enough` the others end there too. Without `keep` no
+    trained weights are kept. Raises NothingToTrain where every parameter is frozen.
     """
     from lmconform.checks.gradients import without_dropout
 
@@ -188,7 +160,7 @@ def _one(
     for step in range(steps):
         batch = batches(step, member.seed)
         optimizer.zero_grad()
-        value = loss(_logits(copy, batch, labels), batch.targets)
+        value = loss(logits_of(copy, batch, labels), batch.targets)
         if value.requires_grad:
             value.backward()
         going = judge.goes_on(index, float(value.detach()))
@@ -201,177 +173,11 @@ def _one(
         made.weights[index] = {name: weight.detach() for name, weight in named.items()}
 
 
-def _logits(specimen: Specimen, batch: Batch, labels: bool) -> Tensor:
-    output = specimen.forward(
-        batch.ids, train=True, grad=True, use_cache=False, labels=given_labels(specimen, batch) if labels else None
-    )
-    return output.logits
-
-
-def given_labels(specimen: Specimen, batch: Batch) -> Tensor:
-    """The batch's labels as that model wants them: shifted by itself (Hugging Face), or as they stand."""
-    return batch.ids if specimen.convention.labels_shifted else batch.targets
-
-
 class NothingToTrain(ValueError):
     """Every parameter is frozen."""
 
 
 # -- together ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Vectorised:
-    """How all members are run at once: stacked weights and ids to losses [members] and gradients."""
-
-    specimen: Specimen
-    loss: Loss
-    labels: bool
-    mask: bool
-    outside: bool = True  # autograd around vmap, half the work; inside it where operations fall back to a loop
-
-    def one(self, weights: dict[str, Tensor], ids: Tensor, targets: Tensor) -> Tensor:
-        """The loss of one member: what is vmapped."""
-        return self.loss(self.logits(weights, ids, targets), targets)
-
-    def logits(self, weights: dict[str, Tensor], ids: Tensor, targets: Tensor) -> Tensor:
-        from torch.func import functional_call
-
-        convention, module = self.specimen.convention, self.specimen.module
-
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            return functional_call(module, weights, arguments, keywords)
-
-        inputs: dict[str, Any] = {"use_cache": False}
-        if self.labels:
-            inputs["labels"] = given_labels(self.specimen, Batch(ids, targets))
-        if self.mask:
-            inputs["mask"] = ready_mask(ids.shape[1], self.specimen)
-        return convention.run(call, ids, **inputs).logits  # type: ignore[arg-type]
-
-    def losses_and_gradients(
-        self, weights: dict[str, Tensor], ids: Tensor, targets: Tensor, shared: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        import torch
-        from torch.func import grad_and_value, vmap
-
-        dims = (0, None, None) if shared else (0, 0, 0)
-        if not self.outside:
-            mapped = vmap(grad_and_value(self.one), in_dims=dims, randomness="different")
-            gradients, losses = mapped(weights, ids, targets)
-            return losses, list(gradients.values())
-        leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
-        losses = vmap(self.one, in_dims=dims, randomness="different")(leaves, ids, targets)
-        found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-        zipped = zip(found, leaves.values(), strict=True)
-        return losses.detach(), [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zipped]
-
-
-def ready_mask(time: int, specimen: Specimen) -> Tensor:
-    """What is added to the scores: 0 where a query may look, the lowest number elsewhere: [1, 1, time, time]."""
-    import torch
-
-    lowest = torch.finfo(specimen.dtype).min
-    seen = torch.full((time, time), lowest, dtype=specimen.dtype, device=specimen.device).triu(1)
-    return seen[None, None]
-
-
-def vectorisable(
-    subject: Specimen, start: Specimen, example: Batch, loss: Loss, labels: bool
-) -> tuple[Vectorised | None, str]:
-    """How to run stacked copies of it, or None and why not.
-
-    A way counts only if it gives the logits that the model gives when called alone, both with fresh and with the
-    subject's own weights: a ready mask would otherwise hide what the model does without one.
-    """
-    import torch
-    from torch.func import vmap
-
-    from lmconform.checks.gradients import without_dropout
-
-    weights = [
-        {name: weight.detach() for name, weight in specimen.module.named_parameters() if weight.requires_grad}
-        for specimen in (start, without_dropout(subject))
-    ]
-    if not weights[0]:
-        return None, "no parameter requires a gradient"
-    if any(not weight.is_floating_point() for weight in weights[0].values()):
-        return None, "a trainable parameter is not floating"
-    if differing := _differing_state(start, subject):
-        return None, f"{differing} is no trained parameter and differs from copy to copy"
-    stacked = {name: torch.stack([weight[name] for weight in weights]) for name in weights[0]}
-    with torch.no_grad():
-        alone = torch.stack([_logits(_with(start, weight), example, labels).detach() for weight in weights])
-    reason = ""
-    for way in WAYS:
-        try:
-            specimen = _prepared(start, way)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = reason or first_line(error)
-            continue
-        if specimen is None:
-            continue
-        run = Vectorised(specimen, loss, labels, mask=way == WAYS[2])
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                specimen.module.train()
-                together = vmap(run.logits, in_dims=(0, None, None), randomness="different")(
-                    stacked, example.ids, example.targets
-                )
-                run.losses_and_gradients(dict(stacked), example.ids, example.targets, True)
-            except Exception as error:
-                reason = reason or f"{type(error).__name__} under vmap: {first_line(error)}"
-                continue
-        if any("batching rule" in str(warning.message) for warning in said):
-            run.outside = False
-        from lmconform import tolerance
-
-        worst = float((together.detach().double() - alone.double()).abs().max())
-        if not worst <= tolerance.allowed(subject.noise, alone):
-            reason = reason or f"stacked copies give other logits than one alone (by {worst:.2g})"
-            continue
-        return run, ""
-    return None, reason or "it cannot be run under vmap"
-
-
-def _prepared(start: Specimen, way: str) -> Specimen | None:
-    """A copy to be run that way; None where it is not offered."""
-    copy = start.copy()
-    eager = getattr(copy.module, "set_attn_implementation", None)
-    if way == WAYS[0]:
-        return copy if eager is None else None
-    if eager is None or (way == WAYS[2] and copy.convention.mask != "attention_mask"):
-        return None
-    eager("eager")
-    return copy
-
-
-def _with(start: Specimen, weights: dict[str, Tensor]) -> Specimen:
-    import torch
-
-    copy = start.copy()
-    parameters = dict(copy.module.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
-    return copy
-
-
-def _differing_state(start: Specimen, subject: Specimen) -> str:
-    """A buffer or frozen parameter that another seed's model has otherwise; empty where there is none."""
-    import torch
-
-    if subject.builder is None:
-        return ""
-    other = subject.fresh(start.seed + 1).module
-
-    def state(module: nn.Module) -> dict[str, Tensor]:
-        frozen = {name: weight for name, weight in module.named_parameters() if not weight.requires_grad}
-        return {**frozen, **dict(module.named_buffers())}
-
-    mine, theirs = state(start.module), state(other)
-    return next((name for name in mine if name in theirs and not torch.equal(mine[name], theirs[name])), "")
 
 
 def _together(
@@ -422,7 +228,8 @@ def _views(flat: Tensor, names: Sequence[str], shapes: Sequence[torch.Size]) -> 
     """Weights by name, [members, ...], as views of `flat` [members, size]."""
     sizes = [shape.numel() for shape in shapes]
     parts = flat.detach().split(sizes, dim=1)
-    return {name: part.unflatten(1, shape) if len(shape) else part[:, 0] for name, part, shape in zip(names, parts, shapes, strict=True)}  # fmt: skip
+    named = zip(names, parts, shapes, strict=True)
+    return {name: part.unflatten(1, shape) if len(shape) else part[:, 0] for name, part, shape in named}
 
 
 class _Rows:
@@ -481,7 +288,7 @@ def _member_bytes(start: Specimen, example: Batch, loss: Loss, labels: bool) -> 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(_logits(start, example, labels), example.targets)
+        loss(logits_of(start, example, labels), example.targets)
     weights = sum(p.numel() * p.element_size() for p in start.module.parameters() if p.requires_grad)
     return TENSORS * weights + 2 * sum(saved.values())
 

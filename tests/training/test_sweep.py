@@ -19,8 +19,9 @@ from lmconform import Subject
 from lmconform.options import OptionError
 from lmconform.recipe import Recipe
 from lmconform.specimen import Specimen
+from lmconform.sweep.batches import Batch, next_token
 from lmconform.sweep.corpus import rule_corpus, sentence, text_corpus
-from lmconform.sweep.members import Batch, Member, Training, _Rows, next_token, train
+from lmconform.sweep.members import Member, Training, _Rows, train
 from lmconform.sweep.rates import GivenRate, Outcome, given_rate, outcome, parse_rates, spaced
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +100,7 @@ def test_seeds_draw_their_own_batches_and_weights() -> None:
 
 
 def test_a_diverging_member_is_stopped_and_the_others_go_on() -> None:
-    together, apart = both("llama", [Member(1e-3, 0), Member(1e6, 0), Member(1e-2, 0)])
+    together, apart = both("llama", [Member(1e-3, 0), Member(1e6, 0), Member(3e-3, 0)])
     for made in (together, apart):
         assert made.diverged == [False, True, False]
         assert [len(losses) for losses in made.losses][::2] == [STEPS, STEPS]
