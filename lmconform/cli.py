@@ -1,4 +1,4 @@
-"""The command line: `lmconform check`, `list`, `explain`, `zoo`, `sweep`. This process imports neither torch nor a subject."""
+"""The command line: `lmconform check`, `list`, `explain`, `zoo`, `sweep`. This process never imports torch."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from lmconform import tolerance
 from lmconform.cases import Case
 from lmconform.context import Context, Violation, margin
 from lmconform.conventions import first_line
+from lmconform.global_state import global_state_kept
 from lmconform.minimise import search, smallest
 from lmconform.registry import Check, get_check
 from lmconform.results import Result, Status
@@ -289,15 +290,10 @@ def _quiet(seed: int) -> Iterator[None]:
     """
     import torch
 
-    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_grad_enabled(gradients)
-        torch.set_default_dtype(dtype)
+    with warnings.catch_warnings(), global_state_kept():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield
 
 
 def _figures(violation: Violation) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform.conventions import ConventionError, find_convention, first_line
 from lmconform.devices import Device, DeviceError
+from lmconform.global_state import global_state_kept
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ class Subject:
         whole reason.
         """
         home, number = resolve_device(device) if isinstance(device, str) else device, resolve_dtype(dtype)
-        with home.active():
+        with home.active(), global_state_kept():
             return self._open(home, number, seed, as_loaded, announce)
 
     def _open(

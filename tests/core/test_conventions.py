@@ -169,7 +169,20 @@ def test_the_users_own_module_is_left_alone() -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_random_state_of_the_caller_is_left_alone() -> None:
+class Meddler(TensorOut):
+    """Leaves torch's global state changed at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        torch.manual_seed(0)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [TensorOut, Meddler])
+def test_global_state_of_the_caller_is_left_alone(kind: type[nn.Module]) -> None:
     state = torch.random.get_rng_state()
-    Subject(TensorOut).open(seed=3)
+    Subject(kind).open(seed=3)
     assert torch.equal(state, torch.random.get_rng_state())
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
