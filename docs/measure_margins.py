@@ -80,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--profile", default="default")
+    parser.add_argument("--minutes", type=float, default=120, help="start no further seed after so long")
     parser.add_argument("--deselect", default="", help="families or ids to leave out, separated by commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=HERE / "margins.md")
@@ -88,10 +89,18 @@ def main() -> None:
     left_out = tuple(filter(None, options.deselect.split(",")))
     work = [(name, seed, options.profile, left_out) for seed in range(options.seeds) for name in SOUND]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        done = [future.result() for future in [pool.submit(measure, *item) for item in work]]
+        futures = [pool.submit(measure, *item) for item in work]
+        done = []
+        for future in futures:
+            if time.monotonic() - started > options.minutes * 60:
+                pool.shutdown(cancel_futures=True)
+                break
+            done.append(future.result())
+    done = done[: len(done) // len(SOUND) * len(SOUND)]  # whole seeds only
+    seeds = len(done) // len(SOUND)
     command = f"python docs/measure_margins.py --seeds {options.seeds} --profile {options.profile}"
     command += f" --deselect {options.deselect}" if options.deselect else ""
-    options.output.write_text(page(done, command, options.seeds, time.monotonic() - started), encoding="utf-8")
+    options.output.write_text(page(done, command, seeds, time.monotonic() - started), encoding="utf-8")
     for name, seed, rows in done:
         for check, status, _, _, message in rows:
             if status in ("failed", "error", "warned", "blocked", "xpassed"):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def global_state_kept() -> Iterator[None]:
-    """Within it a subject may draw random numbers, switch gradients off or set a default dtype: outside nothing shows."""
+    """Within it a subject may draw random numbers, switch gradients off, set a default dtype: outside nothing shows."""
     import torch
 
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()

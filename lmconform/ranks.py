@@ -155,6 +155,9 @@ def _wait(ctx: Context, place: Path, ranks: list[subprocess.Popen[bytes]]) -> No
         bad = next((rank for rank, code in enumerate(codes) if code not in (None, 0)), None)
         if bad is not None:
             time.sleep(0.3)  # the other one may be just about to say more
+            codes = [process.poll() for process in ranks]
+            ended = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+            bad = next((rank for rank in ended if not _lost_the_other(place, rank)), ended[0])
             _report(ctx, place, bad, codes[bad])
         if time.monotonic() > deadline:
             slow = [str(rank) for rank, code in enumerate(codes) if code is None]
@@ -164,6 +167,12 @@ def _wait(ctx: Context, place: Path, ranks: list[subprocess.Popen[bytes]]) -> No
                 hint="a collective call (all_reduce, barrier, broadcast) that not every rank makes waits for ever",
             )
         time.sleep(0.05)
+
+
+def _lost_the_other(place: Path, rank: int) -> bool:
+    """Whether that rank only says that the other one went away: then the other one knows why."""
+    refused = place / f"error{rank}.txt"
+    return refused.exists() and "Connection closed by peer" in refused.read_text(encoding="utf-8")
 
 
 def _report(ctx: Context, place: Path, rank: int, code: int | None) -> None:

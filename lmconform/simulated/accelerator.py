@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -74,6 +75,8 @@ class SimulatedAccelerator:
             stack.callback(_active.remove, self)
             self.mode.retired = False
             stack.callback(setattr, self.mode, "retired", True)
+            if "torch._dynamo" in sys.modules:  # what was compiled outside runs eagerly here
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self.mode)
             yield self
 
