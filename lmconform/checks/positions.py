@@ -314,8 +314,8 @@ def _alike(signature: Tensor, before: Tensor) -> list[tuple[int, int]]:
     import torch
 
     time = signature.shape[1]
-    told = torch.zeros(time, time, dtype=torch.bool)
-    asked = torch.zeros(time, time, dtype=torch.bool)
+    told = torch.zeros(time, time, dtype=torch.bool, device=signature.device)
+    asked = torch.zeros(time, time, dtype=torch.bool, device=signature.device)
     for rows, end in zip(signature, before.tolist(), strict=True):
         rows = rows[:end]
         scale = rows.abs().amax(-1)
