@@ -7,7 +7,7 @@ import os
 import sys
 
 from lmconform.cli import main
-from lmconform.ranks import WRITING, follows, under_torchrun
+from lmconform.measuring.ranks import WRITING, follows, under_torchrun
 
 
 def run() -> int:

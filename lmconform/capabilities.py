@@ -99,14 +99,14 @@ def _ckpt(subject: Specimen) -> Capability:
 
 
 def _processes(subject: Specimen) -> Capability:
-    from lmconform.ranks import reason_against
+    from lmconform.measuring.ranks import reason_against
 
     reason = reason_against(subject)
     return Capability(False, reason) if reason else YES
 
 
 def _peft(subject: Specimen) -> Capability:
-    from lmconform.adapters import reason_against
+    from lmconform.measuring.adapters import reason_against
 
     reason = reason_against(subject)
     return Capability(False, reason) if reason else YES

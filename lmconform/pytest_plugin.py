@@ -266,7 +266,7 @@ class SubjectHandle:
 
         self.options = options
         self.session: Session = Session(subject, options, announce=lambda text: warnings.warn(text, stacklevel=2))
-        self.spec = self.session.subject.spec
+        self.spec = self.session.subject.spec or self.session.subject.name
         self.name = self.session.name
         self._broken: str | None = None
         self._started: float | None = None

@@ -197,7 +197,9 @@ class Runner:
 
     def repro(self, check: Check, case: Case | None) -> str:
         """The command that shows this finding again."""
-        return reproduction(self.subject.spec, check.id, self.seed, str(case) if case else "", self.options)
+        return reproduction(
+            self.subject.spec or self.subject.name, check.id, self.seed, str(case) if case else "", self.options
+        )
 
     def _context(self, check: Check, subject: Specimen) -> Context:
         case = self._case(check)

@@ -113,7 +113,7 @@ class Session:
         """The likeliest causes of what is red among these results."""
         from lmconform.diagnosis import diagnose
 
-        return diagnose(results, self._runner, spec=self.subject.spec)
+        return diagnose(results, self._runner, spec=self.subject.spec or self.subject.name)
 
     def report(self, results: list[Result]) -> Report:
         """The Report of these results."""

@@ -54,7 +54,7 @@ class Specimen:
         self.convention = convention
         self.vocab_size = vocab_size
         self.name = name
-        self.spec = spec or name
+        self.spec = spec  # empty where no SPEC named it
         self.seed = seed
         self.builder = builder
         self.tokenizer = tokenizer

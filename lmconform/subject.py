@@ -46,7 +46,7 @@ class Subject:
             )
         self.model_or_builder = model_or_builder
         self.name = name or _name_of(model_or_builder)
-        self.spec = self.name
+        self.spec = ""  # set where a SPEC named it
         self.call = call
         self.tokenizer = tokenizer or getattr(recipe, "tokenizer", None)
         self.recipe = recipe

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
 from lmconform.checks.padding import mask_for
 from lmconform.context import Hint
+from lmconform.measuring.dropout import without_dropout
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")
 SLACK = 3  # padding columns in the padded variants
 AXES = ("tokens changed after position", "seen at position", "token")
-RANDOM_IN_TRAINING = re.compile(r"drop|jitter", re.IGNORECASE)
 
 _hints: weakref.WeakKeyDictionary[Specimen, dict[tuple[str, int], str]] = weakref.WeakKeyDictionary()
 _scaled: weakref.WeakKeyDictionary[Specimen, dict[int, Specimen]] = weakref.WeakKeyDictionary()
@@ -282,7 +280,7 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
     """
     import torch
 
-    copied = without_dropout(subject.copy())
+    copied = without_dropout(subject)
     for case in ctx.cases():
         if case.mask != "none" and not subject.can("mask"):
             continue
@@ -341,25 +339,6 @@ def train_hint(subject: Specimen) -> str:
                 "batch.cross_row",
             )
     return ""
-
-
-def without_dropout(copied: Specimen) -> Specimen:
-    """Set every dropout probability and router jitter of that copy to 0: modules, their attributes, their configs."""
-    from torch import nn
-
-    holders: dict[int, Any] = {}
-    for part in copied.module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-        for holder in (part, getattr(part, "config", None), structure.config_of(part)):
-            if holder is not None and hasattr(holder, "__dict__"):
-                holders[id(holder)] = holder
-    for holder in holders.values():
-        for name, value in list(vars(holder).items()):
-            if RANDOM_IN_TRAINING.search(name) and isinstance(value, float) and value > 0:
-                with contextlib.suppress(AttributeError):  # a frozen config keeps its value; its modules were set
-                    setattr(holder, name, 0.0)
-    return copied
 
 
 @register_check(

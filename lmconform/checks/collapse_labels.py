@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lmconform import structure
 from lmconform.checks.split_overlap import BATCHES, LONG, Finding, Specials, leak, padding_of
 from lmconform.conventions import first_line
-from lmconform.encoding import Encoder, as_ids
+from lmconform.measuring.encoding import Encoder, as_ids
 from lmconform.recipe import WORDS, Batch
 from lmconform.registry import register_check
 

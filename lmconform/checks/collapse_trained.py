@@ -179,7 +179,7 @@ def trained(subject: Specimen, ctx: Context) -> Trained:
 def _train(subject: Specimen, ctx: Context) -> Trained:
     import torch
 
-    from lmconform.checks.gradients import without_dropout
+    from lmconform.measuring.dropout import without_dropout
     from lmconform.sweep.batches import cross_entropy
 
     own = getattr(subject.recipe, "loss", None)

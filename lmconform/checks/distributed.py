@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.context import Hint
-from lmconform.ranks import measure_together
+from lmconform.measuring.ranks import measure_together
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

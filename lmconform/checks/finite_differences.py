@@ -8,9 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
-from lmconform.checks.gradients import REQUIRES, projected_gradients, projection, without_dropout
+from lmconform.checks.gradients import REQUIRES, projected_gradients, projection
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.measuring.dropout import without_dropout
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.generating import Generator, pad_for
+from lmconform.measuring.generating import Generator, pad_for
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from lmconform import tolerance
 from lmconform.cases import Choice, Span
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.generating import Generator
+from lmconform.measuring.generating import Generator
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

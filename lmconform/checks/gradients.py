@@ -9,6 +9,7 @@ from lmconform.cases import Choice
 from lmconform.checks.unused_parameters import declared_unused
 from lmconform.context import Hint
 from lmconform.excitation import excite
+from lmconform.measuring.dropout import without_dropout
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -197,28 +198,6 @@ def check_magnitude(subject: Specimen, ctx: Context) -> None:
 
 
 # -- running backward ----------------------------------------------------------------------------------------------
-
-
-def without_dropout(subject: Specimen) -> Specimen:
-    """A copy in which train mode drops nothing: modules, attributes and config fields named dropout are 0."""
-    from torch.nn.modules.dropout import _DropoutNd
-
-    quiet = subject.copy()
-    configs = {id(c): c for part in quiet.module.modules() if (c := getattr(part, "config", None)) is not None}
-    for part in quiet.module.modules():
-        if isinstance(part, _DropoutNd):
-            part.p = 0.0
-        _silence(part)
-    for config in configs.values():
-        _silence(config)
-    return quiet
-
-
-def _silence(holder: Any) -> None:
-    for name, value in list(getattr(holder, "__dict__", {}).items()):
-        named = any(word in name.lower() for word in ("drop", "pdrop"))
-        if named and isinstance(value, float) and 0 < value < 1:
-            setattr(holder, name, 0.0)
 
 
 def projection(subject: Specimen, ctx: Context, ids: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lmconform import structure, traces
+from lmconform import structure
 from lmconform.context import Hint
+from lmconform.measuring import traces
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lmconform import tolerance, traces
+from lmconform import tolerance
 from lmconform.context import Hint, Unavailable
-from lmconform.pairing import Pair, pair_parameters
+from lmconform.measuring import traces
+from lmconform.measuring.pairing import Pair, pair_parameters
 from lmconform.registry import register_check
 from lmconform.specimen import random_ids
 

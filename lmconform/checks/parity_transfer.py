@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lmconform import tolerance, traces
+from lmconform import tolerance
 from lmconform.checks.parity import answer, both, columns_of, other_rounding, shared_ids
 from lmconform.context import Hint
-from lmconform.pairing import Pair, crossed, pair_parameters, unclaimed
+from lmconform.measuring import traces
+from lmconform.measuring.pairing import Pair, crossed, pair_parameters, unclaimed
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING
 
-from lmconform import adapters
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.measuring import adapters
+from lmconform.measuring.saving import quiet_transformers
 from lmconform.registry import register_check
-from lmconform.saving import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.registry import register_check
-from lmconform.saving import (
+from lmconform.measuring.saving import (
     in_a_fresh_process,
     named_tensors,
     poison,
@@ -26,6 +25,7 @@ from lmconform.saving import (
     through_pretrained,
     through_state_dict,
 )
+from lmconform.registry import register_check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.exercises import Course, Run, exercised, exercises, forward, probe, sound_here
+from lmconform.measuring.exercises import Course, Run, exercised, exercises, forward, probe, sound_here
 from lmconform.registry import register_check
 from lmconform.specimen import Specimen
 

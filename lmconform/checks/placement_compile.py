@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.exercises import TIME, padded
+from lmconform.measuring.exercises import TIME, padded
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

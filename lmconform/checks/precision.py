@@ -11,10 +11,10 @@ from lmconform import structure
 from lmconform.checks.unregistered_tensors import loose_tensors
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.exercises import padded
+from lmconform.measuring.exercises import padded
+from lmconform.measuring.rounding import SAMPLES, Choices, Trace, in_type, kept_in_float32, rounded, traced
+from lmconform.measuring.traces import hooked
 from lmconform.registry import register_check
-from lmconform.rounding import SAMPLES, Choices, Trace, in_type, kept_in_float32, rounded, traced
-from lmconform.traces import hooked
 
 if TYPE_CHECKING:
     import torch

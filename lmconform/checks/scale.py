@@ -6,8 +6,9 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from lmconform import structure, tolerance, traces
+from lmconform import structure, tolerance
 from lmconform.context import Hint
+from lmconform.measuring import traces
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.encoding import Encoder, EncodingError, as_ids
+from lmconform.measuring.encoding import Encoder, EncodingError, as_ids
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

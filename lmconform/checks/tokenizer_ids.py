@@ -8,7 +8,7 @@ from lmconform import structure
 from lmconform.checks.tokenizer import FRESH, TEXTS, encoder_of, ids_of, shortened
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.encoding import Encoder
+from lmconform.measuring.encoding import Encoder
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

@@ -196,7 +196,7 @@ def check_step(subject: Specimen, ctx: Context) -> None:
     """
     import torch
 
-    from lmconform.checks.gradients import without_dropout
+    from lmconform.measuring.dropout import without_dropout
     from lmconform.sweep.batches import cross_entropy, next_token
 
     if subject.can("rebuild"):

@@ -12,8 +12,8 @@ from lmconform import tolerance
 from lmconform.checks.training_optimizer import made_optimizers
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.measuring.saving import poison, pretrained, quiet_transformers
 from lmconform.registry import register_check
-from lmconform.saving import poison, pretrained, quiet_transformers
 from lmconform.specimen import Specimen, Unavailable
 
 if TYPE_CHECKING:

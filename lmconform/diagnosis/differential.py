@@ -27,7 +27,7 @@ def diagnose(results: Sequence[Result], runner: Runner | None = None, *, spec: s
     places = probe(runner, evidence) if runner is not None else {}
     ranked = rank(catalogue().values(), evidence, most)
     kept = [(entry, score) for entry, score in ranked if score >= LEAST] or ranked[:1]
-    spec = runner.subject.spec if runner is not None else spec
+    spec = (runner.subject.spec or runner.subject.name) if runner is not None else spec
     return [_cause(entry, score, evidence, places.get(entry.id, ""), spec) for entry, score in kept]
 
 

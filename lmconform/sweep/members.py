@@ -85,7 +85,7 @@ def train(
     for three steps has reached its end; with `one_is_enough` the others end there too. Without `keep` no
     trained weights are kept. Raises NothingToTrain where every parameter is frozen.
     """
-    from lmconform.checks.gradients import without_dropout
+    from lmconform.measuring.dropout import without_dropout
 
     started = time.perf_counter()
     starts = {

@@ -85,7 +85,7 @@ def vectorisable(
     import torch
     from torch.func import vmap
 
-    from lmconform.checks.gradients import without_dropout
+    from lmconform.measuring.dropout import without_dropout
 
     weights = [
         {name: weight.detach() for name, weight in specimen.module.named_parameters() if weight.requires_grad}

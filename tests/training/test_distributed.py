@@ -15,7 +15,8 @@ from torch import nn
 
 from fixtures.planting import around
 from fixtures.subjects import PlainGPT, plain
-from lmconform import Subject, ranks
+from lmconform import Subject
+from lmconform.measuring import ranks
 from lmconform.registry import get_check
 from lmconform.results import Result
 from lmconform.runner import Runner

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lmconform import traces
+from lmconform.measuring import traces
 
 if TYPE_CHECKING:
     from torch import Tensor

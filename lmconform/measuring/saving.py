@@ -26,7 +26,7 @@ CHILD = """\
 import json, sys
 job = json.load(open(sys.argv[1]))
 sys.path[:] = job["path"]
-from lmconform.saving import answer
+from lmconform.measuring.saving import answer
 answer(job)
 """
 
@@ -257,13 +257,8 @@ def in_a_fresh_process(subject: Specimen, ctx: Context, folder: str, ids: Tensor
             return
         job["class"] = [holder.__module__, holder.__qualname__]
     else:
-        from lmconform.loading import load_spec
-        from lmconform.subject import BuildError
-
-        try:
-            load_spec(subject.spec)
-        except BuildError:
-            ctx.note(f"not tried in a fresh process: {subject.spec} is no SPEC that could be built there")
+        if not subject.spec:
+            ctx.note("not tried in a fresh process: no SPEC says how to build it there")
             return
         torch.save(subject.module.state_dict(), place / "state.pt")
     torch.save(ids.cpu(), place / "ids.pt")

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmconform.running import followed
-from lmconform.traces import hooked
+from lmconform.measuring.running import followed
+from lmconform.measuring.traces import hooked
 
 if TYPE_CHECKING:
     import torch

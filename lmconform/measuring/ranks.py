@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 SECONDS = 90.0  # for building and measuring; below a check's own limit
 WORLD = 2
 PATIENCE = 40.0  # of one collective call: a rank that never comes
+LAST_WORDS = 5.0  # for a process that took another along to be seen as ended
+LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 BASE_MEMORY = 6 << 30  # bytes for Python, torch and transformers, with room
 WRITING = ("--json", "--html", "--write-expected")  # options that only the first process of torchrun may follow
 UNBUILT = 7  # exit code of a rank that could not build the subject
@@ -35,7 +37,7 @@ START = """\
 import json, sys
 job = json.load(open(sys.argv[1]))
 sys.path[:] = job["path"]
-from lmconform.ranks import take_part
+from lmconform.measuring.ranks import take_part
 take_part(job, int(sys.argv[2]))
 """
 
@@ -73,7 +75,7 @@ def follows() -> bool:
 
 
 def measure_together(subject: Specimen, ctx: Context, what: str) -> dict[str, Any]:
-    """Run `lmconform.together.MEASURES[what]` in all ranks; what rank 0 found.
+    """Run `lmconform.measuring.together.MEASURES[what]` in all ranks; what rank 0 found.
 
     Violation where a rank dies, raises or hangs; Unavailable where the model cannot be built elsewhere.
     """
@@ -102,7 +104,7 @@ def measure_together(subject: Specimen, ctx: Context, what: str) -> dict[str, An
 
 def recipe_to_build(subject: Specimen) -> tuple[str, bytes] | None:
     """How another process builds it: by its SPEC, or as a pickled Subject with its builder, else with the module."""
-    if subject.spec != subject.name:
+    if subject.spec:
         return "spec", subject.spec.encode()
     from lmconform.subject import Subject
 
@@ -154,11 +156,8 @@ def _wait(ctx: Context, place: Path, ranks: list[subprocess.Popen[bytes]]) -> No
             return
         bad = next((rank for rank, code in enumerate(codes) if code not in (None, 0)), None)
         if bad is not None:
-            time.sleep(0.3)  # the other one may be just about to say more
-            codes = [process.poll() for process in ranks]
-            ended = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
-            bad = next((rank for rank in ended if not _lost_the_other(place, rank)), ended[0])
-            _report(ctx, place, bad, codes[bad])
+            bad, code = _first_cause(place, ranks)
+            _report(ctx, place, bad, code)
         if time.monotonic() > deadline:
             slow = [str(rank) for rank, code in enumerate(codes) if code is None]
             ctx.fail(
@@ -169,10 +168,26 @@ def _wait(ctx: Context, place: Path, ranks: list[subprocess.Popen[bytes]]) -> No
         time.sleep(0.05)
 
 
+def _first_cause(place: Path, ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """The rank that ended badly for a reason of its own, and its code; one that only lost the other waits for it."""
+    deadline = time.monotonic() + LAST_WORDS
+    while True:
+        codes = {rank: process.poll() for rank, process in enumerate(ranks)}
+        ended = {rank: code for rank, code in codes.items() if code}
+        own = [rank for rank in ended if not _lost_the_other(place, rank)]
+        if own or time.monotonic() > deadline:
+            first = next(iter(own or ended))
+            return first, ended[first]
+        time.sleep(0.05)
+
+
 def _lost_the_other(place: Path, rank: int) -> bool:
     """Whether that rank only says that the other one went away: then the other one knows why."""
     refused = place / f"error{rank}.txt"
-    return refused.exists() and "Connection closed by peer" in refused.read_text(encoding="utf-8")
+    if not refused.exists():
+        return False
+    said = refused.read_text(encoding="utf-8")
+    return any(text in said for text in LOST)
 
 
 def _report(ctx: Context, place: Path, rank: int, code: int | None) -> None:
@@ -229,7 +244,7 @@ def take_part(job: dict[str, Any], rank: int) -> None:
         sys.stdout.flush()
         os._exit(UNBUILT)
     try:
-        from lmconform.together import MEASURES, alone
+        from lmconform.measuring.together import MEASURES, alone
 
         subject, found = alone(subject, job["draw"], stage, job["world"])
         stage("joining the other rank")
@@ -292,7 +307,7 @@ def _joined(subject: Specimen, ctx: Context, what: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from lmconform.together import MEASURES, alone
+    from lmconform.measuring.together import MEASURES, alone
 
     if what in _joined_before:
         raise Unavailable("under torchrun each check is measured once: the other processes have gone on")

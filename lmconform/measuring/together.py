@@ -118,7 +118,7 @@ def alone(subject: Specimen, seed: int, stage: Stage, world: int) -> tuple[Speci
     """
     import torch
 
-    from lmconform.checks.causality import without_dropout
+    from lmconform.measuring.dropout import without_dropout
 
     stage("running forward and backward in one process")
     subject = without_dropout(subject)

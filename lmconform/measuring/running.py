@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lmconform.traces import hooked
+from lmconform.measuring.traces import hooked
 
 if TYPE_CHECKING:
     from torch import nn

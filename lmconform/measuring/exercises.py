@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmconform.generating import Generator
-from lmconform.running import followed
+from lmconform.measuring.generating import Generator
+from lmconform.measuring.running import followed
 from lmconform.specimen import Unavailable
 
 if TYPE_CHECKING:
