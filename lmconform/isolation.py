@@ -237,13 +237,13 @@ class Child:
             seed=self.options.seed,
             versions=versions(),
             results=results,
-            causes=self._causes(results),
+            causes=self.causes(results),
             notes=list(dict.fromkeys(notes)),
             strict=self.options.strict,
             died=self.died,
         )
 
-    def _causes(self, results: list[Result]) -> list[Cause]:
+    def causes(self, results: list[Result]) -> list[Cause]:
         """The likeliest causes; without probes where the process is gone, or goes over them."""
         if not any(result.status in RED for result in results):
             return []

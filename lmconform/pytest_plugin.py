@@ -5,11 +5,13 @@ Without `--lm` it adds nothing to a run. Importing it imports neither torch nor 
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +23,7 @@ from lmconform.registry import Check, UnknownCheck
 from lmconform.results import EXECUTED, FINDINGS, Cause, Report, Result, Status, tally, write_whole
 
 if TYPE_CHECKING:
+    from lmconform.isolation import Child
     from lmconform.session import Session
 
 BAD_USAGE = (OptionError, UnknownCheck, ExpectedError)
@@ -155,7 +158,7 @@ class Conformance:
         """With probes where the subject was built in this process, from the verdicts alone where workers ran them."""
         handle = next((handle for handle in self.handles if handle.spec == spec), None)
         if handle is not None:
-            return handle.session.causes(results)
+            return handle.causes(results)
         from lmconform.diagnosis import diagnose
 
         return diagnose(results, spec=spec)
@@ -202,7 +205,7 @@ class Subjects(pytest.Collector):
 
     def collect(self) -> Iterator[pytest.Item]:
         for handle in self.run.handles:
-            for check in handle.session.checks:
+            for check in handle.checks:
                 item = ConformanceItem.from_parent(self, name=f"{handle.name}-{check.id}", handle=handle, check=check)
                 item.add_marker(getattr(pytest.mark, check.profile))
                 yield item
@@ -262,12 +265,10 @@ class SubjectHandle:
     """A subject that is built when its first check runs, once in a process; what went wrong then is told once."""
 
     def __init__(self, subject: Any, options: Options) -> None:
-        from lmconform.session import Session
-
         self.options = options
-        self.session: Session = Session(subject, options, announce=lambda text: warnings.warn(text, stacklevel=2))
-        self.spec = self.session.subject.spec or self.session.subject.name
-        self.name = self.session.name
+        self.backend, self.checks = _backend(subject, options)
+        self.spec = self.backend.spec
+        self.name = _short(self.spec) if options.isolate else self.backend.name
         self._broken: str | None = None
         self._started: float | None = None
 
@@ -288,17 +289,51 @@ class SubjectHandle:
         if self._broken is not None:
             return Result(check.id, check.family, check.severity, Status.blocked, message=self._broken)
         try:
-            return self.session.run(check)
+            self.backend.open()
+            return self.backend.run(check)
         except BuildError as error:
             self._broken = f"blocked: {self.name} could not be built"
             text = f"the subject could not be built: {error}"
             return Result(check.id, check.family, check.severity, Status.error, message=text)
 
+    def causes(self, results: list[Result]) -> list[Cause]:
+        """The likeliest causes of what is red among these results."""
+        return self.backend.causes(results)
+
     def meta(self) -> dict[str, Any]:
         """What a Report says beside its results."""
-        report = self.session.report([]).to_dict()
-        keys = ("subject", "profile", "device", "dtype", "seed", "versions", "notes", "strict")
-        return {key: report[key] for key in keys}
+        report = self.backend.report([]).to_dict()
+        keys = ("profile", "device", "dtype", "seed", "versions", "notes", "strict", "died")
+        return {"subject": self.name, **{key: report[key] for key in keys if key in report}}
+
+
+def _backend(subject: Any, options: Options) -> tuple[Session | Child, list[Check]]:
+    """The subject in this process, or in a child of its own; and its checks, known before anything is built."""
+    if not options.isolate:
+        from lmconform.session import Session
+
+        session = Session(subject, options, announce=_announce)
+        return session, session.checks
+    from lmconform.isolation import Child
+    from lmconform.loading import import_first
+    from lmconform.registry import select_checks
+
+    child = Child(subject, options, announce=_announce)
+    atexit.register(child.close)
+    for module in options.import_:  # may register checks
+        import_first(module)
+    return child, select_checks(options.profile, options.select, options.deselect)
+
+
+def _announce(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def _short(spec: str) -> str:
+    """A SPEC's name in an item's id: nothing of the subject is imported to find it."""
+    if Path(spec).is_dir():
+        return Path(spec).resolve().name
+    return spec.rpartition(":")[2]
 
 
 def settle(result: Result, *, strict: bool) -> None:
@@ -349,6 +384,6 @@ def parametrize_with_checks(subjects: Iterable[Any], **options: Any) -> pytest.M
 def _parameters(subjects: Sequence[Any], options: Options) -> Iterator[Any]:
     for subject in subjects:
         handle = SubjectHandle(subject, options)
-        for check in handle.session.checks:
+        for check in handle.checks:
             mark = getattr(pytest.mark, check.profile)
             yield pytest.param(handle, BoundCheck(check), id=f"{handle.name}-{check.id}", marks=mark)

@@ -47,8 +47,15 @@ class Session:
     def name(self) -> str:
         return self.subject.name
 
+    @property
+    def spec(self) -> str:
+        """The SPEC, or the name where no SPEC named the subject."""
+        return self.subject.spec or self.subject.name
+
     def announce(self, text: str) -> None:
-        """Something the user should hear before it happens (memory) and find in the report."""
+        """Something the user should hear before it happens (memory) and find in the report; each once."""
+        if text in self.notes:
+            return
         self.notes.append(text)
         if self._announce is not None:
             self._announce(text)
@@ -113,7 +120,7 @@ class Session:
         """The likeliest causes of what is red among these results."""
         from lmconform.diagnosis import diagnose
 
-        return diagnose(results, self._runner, spec=self.subject.spec or self.subject.name)
+        return diagnose(results, self._runner, spec=self.spec)
 
     def report(self, results: list[Result]) -> Report:
         """The Report of these results."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ CONTEXT = (
     "max_len", "max_length", "seq_len", "ctx_len", "max_target_positions",
 )  # fmt: skip
 WINDOW = ("sliding_window", "attention_window", "window_size", "local_attention")
+OTHER_SENSE = re.compile(r"vision|visual|image|img_|audio|speech", re.IGNORECASE)
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "decoder_start_token_id", "mask_token_id")
 
 
@@ -80,7 +82,10 @@ def special_ids(module: nn.Module) -> dict[str, int]:
 
 
 def blocks(module: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Name and list of the repeated blocks (layers): the ModuleList that holds the most parameters."""
+    """Name and list of the repeated blocks (layers): the ModuleList that holds the most parameters.
+
+    A tower that reads images or sound counts only where there is nothing else: no token runs through it.
+    """
     from torch import nn
 
     lists = [
@@ -95,7 +100,7 @@ def blocks(module: nn.Module) -> tuple[str, nn.ModuleList] | None:
     lists = [(name, part) for name, part in lists if beside[name.rpartition(".")[0], len(part)] < 3]
     if not lists:
         return None
-    return max(lists, key=lambda item: (_size(item[1]), -len(item[0])))
+    return max(lists, key=lambda item: (not OTHER_SENSE.search(item[0]), _size(item[1]), -len(item[0])))
 
 
 def embedding(module: nn.Module, vocab_size: int) -> nn.Module | None:

@@ -258,6 +258,7 @@ def _check(name: str, spec: str, options: dict[str, Any], send: Send) -> None:
     """Build the subject and run its checks, reporting every step."""
     from lmconform.options import Options
     from lmconform.results import Result, Status
+    from lmconform.runner import run_all
     from lmconform.session import Session
     from lmconform.subject import BuildError
 
@@ -278,19 +279,23 @@ def _check(name: str, spec: str, options: dict[str, Any], send: Send) -> None:
         send({"event": "crash", "reason": reason})
         return
     send({"event": "built", "seconds": time.perf_counter() - started})
-    for check in session.checks:
+    own_errors: set[str] = set()
+
+    def run(check: Any) -> Result:
         send({"event": "checking", "id": check.id})
-        own_error = False
         try:
-            result = session.run(check)
+            return session.run(check)
         except Exception as error:  # no subject's exception comes this far
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}"
-            own_error = not OUT_OF_MEMORY.search(text)
-            text = f"lmconform's own error: {text}" if own_error else text
-            result = Result(check.id, check.family, check.severity, Status.error, message=text)
+            if not OUT_OF_MEMORY.search(text):
+                own_errors.add(check.id)
+                text = f"lmconform's own error: {text}"
+            return Result(check.id, check.family, check.severity, Status.error, message=text)
+
+    for result in run_all(run, session.checks):
         known = _known_but_green(session, result) if result.status == Status.passed else ""
-        send({"event": "result", **result.to_dict(), "known": known, "own_error": own_error})
+        send({"event": "result", **result.to_dict(), "known": known, "own_error": result.id in own_errors})
     send({"event": "end"})
 
 

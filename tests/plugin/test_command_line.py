@@ -139,3 +139,40 @@ def test_check_blocked_by_one_outside_the_run_fails(project: pytest.Pytester) ->
     result = project.runpytest("--lm", "models:Broken", "--lm-select", "batching.permutation")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*batching.permutation: blocked by contract.finite: *"])
+
+
+def test_isolated_subject_that_dies_is_a_finding_and_the_run_goes_on(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        crashing="""
+        import os
+        from models import Sound
+
+        class Crashing(Sound):
+            def forward(self, idx):
+                if idx.shape[1] > 30:
+                    os.kill(os.getpid(), 11)
+                return super().forward(idx)
+        """
+    )
+    result = project.runpytest("--lm", "crashing:Crashing", "--lm", "models:Sound", *CHEAP, "--lm-isolate", "-v")
+    result.assert_outcomes(passed=2, failed=1, skipped=1)
+    result.stdout.fnmatch_lines(
+        ["lm::Crashing-contract.shape FAILED*", "*the process died (SIGSEGV) while running contract.shape*"]
+    )
+    result.stdout.fnmatch_lines(["Sound conforms: 2 passed"])
+
+
+def test_isolation_refuses_a_live_object_with_the_reason(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        """
+        import lmconform
+        from models import Sound
+
+        @lmconform.parametrize_with_checks([Sound()], isolate=True)
+        def test_conformance(subject, check):
+            check(subject)
+        """
+    )
+    result = project.runpytest()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*isolate wants a SPEC such as 'pkg.mod:attr', not Sound*"])

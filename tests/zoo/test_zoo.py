@@ -192,7 +192,7 @@ def test_what_a_type_started_ends_with_it(hostile: dict[str, Row]) -> None:
         (["llama", "--select", "contract.shap"], "did you mean contract.shape"),
         (["llama", "--device", "cuda:99"], "cuda:99"),
         (["llama", "--json", "/nowhere/at/all.json"], "cannot write into /nowhere/at"),
-        (["llama", "--resume", "/tmp/there-is-no-such-file.json"], "nothing to resume"),
+        (["llama", "--resume", "there-is-no-such-file.json"], "nothing to resume"),
         (["llama", "--select", "contract", "--deselect", "contract"], "no check is left"),
     ],
 )
