@@ -3,6 +3,8 @@
 A test that takes `device` and does not parametrise it runs on every device there is: cpu, sim (the simulated
 accelerator), and cuda and mps where the machine has one. `--lm-device NAME` narrows that to one; `-k cuda` and `-k sim`
 select by id. `@pytest.mark.slow_on("sim")` makes the test a long run there.
+
+Every reference model and every position encoding is a marker, given to the tests whose id names it: `-m rope`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+    for name in REFERENCE_MODELS:
+        config.addinivalue_line("markers", f"{name}: about the reference model {name}")
+    for name in ENCODINGS:
+        config.addinivalue_line("markers", f"{name}: about the position encoding {name}")
     config.addinivalue_line("markers", "slow_on(*devices): minutes, not seconds, on these devices; run with -m slow")
+
+
+REFERENCE_MODELS = ("adaptive", "story", "positional", "staged", "quantum")
+ENCODINGS = ("rope", "sinusoidal", "t5_relative", "diet", "alibi", "math_adaptive")
 
 
 def devices() -> tuple[list[str], list[str]]:
@@ -58,9 +68,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for name in ENCODINGS:
+        if name in item.nodeid:
+            item.add_marker(name)
+    rest = item.nodeid.replace("math_adaptive", "")  # an encoding, not the model
+    for name in REFERENCE_MODELS:
+        if name in rest:
+            item.add_marker(name)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long runs are left out unless the command line says -m or names a test."""
-    if config.option.markexpr or any("::" in str(arg) for arg in config.args):
+    """Long runs are left out unless the command line says -m slow or names a test."""
+    if "slow" in config.option.markexpr or any("::" in str(arg) for arg in config.args):
         return
     left = [item for item in items if item.get_closest_marker("slow")]
     if left:

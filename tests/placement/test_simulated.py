@@ -220,7 +220,7 @@ def test_moves_keep_or_copy_as_pytorch_does() -> None:
 
 
 MOVES: dict[str, Callable[[Any], Any]] = {
-    "positional": lambda thing: thing.to("cuda"),
+    "by_place": lambda thing: thing.to("cuda"),
     "keyword": lambda thing: thing.to(device="cuda"),
     "device": lambda thing: thing.to(torch.device("cuda", 0)),
     "number": lambda thing: thing.to(0),
