@@ -10,6 +10,8 @@ Every reference model and every position encoding is a marker, given to the test
 from __future__ import annotations
 
 import os
+import re
+from typing import Any
 
 import pytest
 
@@ -22,7 +24,13 @@ pytest_plugins = ["pytester"]
 def pytest_configure(config: pytest.Config) -> None:
     import torch
 
+    from lmconform.devices import DeviceError, require
+
     torch.set_num_threads(1)
+    try:
+        require(config.getoption("lm_device") or "cpu")
+    except DeviceError as error:
+        raise pytest.UsageError(f"--lm-device: {error}") from error
     for name in REFERENCE_MODELS:
         config.addinivalue_line("markers", f"{name}: about the reference model {name}")
     for name in ENCODINGS:
@@ -47,6 +55,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     chosen = config.getoption("lm_device")
     lacks = f" (this machine has no {', no '.join(missing)})" if missing else ""
     return f"device matrix: {chosen or ', '.join(there)}{lacks}"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """A device that -k asks for and the machine lacks is named once; its tests were never made."""
+    asked = set(re.findall(r"\w+", config.option.keyword or ""))
+    for name in asked.intersection(devices()[1]):
+        terminalreporter.write_line(f"this machine has no {name}: -k {name} found tests by their names alone")
 
 
 @pytest.hookimpl(trylast=True)  # the device stands last in an id

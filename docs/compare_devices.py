@@ -7,6 +7,7 @@ exit code is 1 where two devices disagree on a check that applies to both. By de
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import sys
 import time
@@ -63,24 +64,38 @@ def row(name: str, found: dict[str, Verdicts], seconds: dict[str, float], device
     return f"| {name} | {' | '.join(cells)} | {verdict} |", not differing
 
 
+def _named(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def main() -> int:
     import torch
 
     from fixtures.faults import all_faults
     from fixtures.subjects import SOUND
+    from lmconform.devices import DeviceError, require
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     real = [name for name in there if there[name]]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", default=",".join(["cpu", "sim", *real]))
     parser.add_argument("--profile", default="default")
+    parser.add_argument("subjects", nargs="*", help="fixtures and faults, or globs of them (default: all)")
     args = parser.parse_args()
     devices = args.devices.split(",")
+    try:
+        for device in devices:
+            require(device)
+    except DeviceError as error:
+        parser.error(str(error))
     faults = [fault.id for fault in all_faults() if fault.id.startswith(("placement.", "precision."))]
+    subjects = [name for name in [*SOUND, *faults] if not args.subjects or _named(name, args.subjects)]
+    if not subjects:
+        parser.error(f"no fixture and no placement or precision fault is called {' or '.join(args.subjects)}")
     print(f"| subject | {' | '.join(devices)} | verdicts |")
     print("| --- " * (len(devices) + 2) + "|")
     agree = True
-    for name in [*SOUND, *faults]:
+    for name in subjects:
         found: dict[str, Verdicts] = {}
         seconds: dict[str, float] = {}
         for device in devices:

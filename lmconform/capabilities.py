@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 from lmconform import conventions, structure
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lmconform.specimen import Specimen
 
 
 @dataclass(frozen=True)
 class Capability:
-    """Whether the subject can, and in words why not."""
+    """Whether the subject can, and in words why not. `value`: what was found out beside it, where there is more."""
 
     ok: bool
     reason: str = ""
+    value: int | None = None
 
     def __bool__(self) -> bool:
         return self.ok
@@ -27,7 +30,7 @@ YES = Capability(True)
 
 
 def probe(subject: Specimen, name: str) -> Capability:
-    """Probe one capability of `lmconform.registry.CAPABILITIES`."""
+    """Probe one capability of `lmconform.registry.CAPABILITIES`, or `ignored_label`."""
     return _PROBES[name](subject)
 
 
@@ -39,6 +42,67 @@ def _takes(field: str, names: tuple[str, ...]) -> Callable[[Specimen], Capabilit
         return YES
 
     return takes
+
+
+def _mask(subject: Specimen) -> Capability:
+    refusal = subject.convention.mask_refusal
+    if refusal:
+        subject.announce(refusal)
+        return Capability(False, refusal)
+    return _takes("mask", conventions.MASK)(subject)
+
+
+def _labels(subject: Specimen) -> Capability:
+    taken = _takes("labels", conventions.LABELS)(subject)
+    if not taken:
+        return taken
+    ids = subject.probe_ids()
+    try:
+        output = subject.forward(ids, labels=ids)
+    except Exception:  # for the checks to say
+        return YES
+    if output.logits.dim() == 0:
+        name = subject.convention.labels
+        return Capability(False, f"with {name} forward() returns the loss alone: give the logits that it is of, too")
+    return YES
+
+
+def ignored_label(subject: Specimen) -> int:
+    """The label that its loss leaves out: -100, or -1 where it refuses -100 and takes -1 (nanoGPT, minGPT)."""
+    found = subject.can("ignored_label").value
+    return conventions.IGNORED if found is None else found
+
+
+def as_given(subject: Specimen, labels: Tensor) -> Tensor:
+    """`labels`, -100 where nothing counts, with the label in its place that this subject leaves out."""
+    ignored = ignored_label(subject)
+    return labels if ignored == conventions.IGNORED else labels.masked_fill(labels == conventions.IGNORED, ignored)
+
+
+def _ignored_label(subject: Specimen) -> Capability:
+    """By trying, on the CPU: elsewhere an index out of range takes the process down.
+
+    Ask before the model is sharded, recorded or run under vmap: the answer is kept, and copies inherit it.
+    """
+    if subject.convention.labels is None:
+        return Capability(False, f"no labels are taken, so none is left out: {subject.can('labels').reason}")
+    shifted = subject.convention.labels_shifted
+    probed = subject
+    if subject.device.type != "cpu" and not shifted:
+        probed = subject.copy()
+        probed.module.to("cpu")
+    ids = probed.probe_ids(2, 5)
+    refused = ""
+    for candidate in (conventions.IGNORED,) if shifted else (conventions.IGNORED, -1):
+        labels = ids.clone()
+        labels[0, 2:4] = candidate
+        try:
+            probed.forward(ids, labels=labels)
+        except Exception as error:
+            refused = refused or f"{type(error).__name__}: {conventions.first_line(error)}"
+            continue
+        return Capability(True, refused, candidate)
+    return Capability(False, refused)
 
 
 def _cache(subject: Specimen) -> Capability:
@@ -119,19 +183,26 @@ def _given(field: str, what: str) -> Callable[[Specimen], Capability]:
     return given
 
 
+def _tokenizer(subject: Specimen) -> Capability:
+    if subject.tokenizer is not None:
+        return YES
+    return Capability(False, subject.tokenizer_trouble or "a tokenizer was not given")
+
+
 _PROBES: dict[str, Callable[[Specimen], Capability]] = {
-    "mask": _takes("mask", conventions.MASK),
+    "mask": _mask,
     "pos": _takes("positions", conventions.POSITIONS),
     "cache": _cache,
     "embeds": _embeds,
-    "labels": _takes("labels", conventions.LABELS),
+    "labels": _labels,
+    "ignored_label": _ignored_label,
     "gen": _gen,
     "save": lambda subject: YES,
     "rebuild": _rebuild,
     "config": _config,
     "ckpt": _ckpt,
     "ref": _given("reference", "a reference (--reference)"),
-    "tok": _given("tokenizer", "a tokenizer"),
+    "tok": _tokenizer,
     "recipe": _given("recipe", "a recipe"),
     "processes": _processes,
     "peft": _peft,

@@ -1,4 +1,7 @@
-"""The command line: `lmconform check`, `list`, `explain`, `zoo`, `sweep`. This process never imports torch."""
+"""The command line: `lmconform check`, `list`, `explain`, `zoo`, `sweep`, `snapshot`, `compare`.
+
+The process of `check` never imports torch.
+"""
 
 from __future__ import annotations
 
@@ -143,6 +146,22 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
         command.add_arguments(sweep)
         sweep.set_defaults(run=command.main)
+
+    snapshot = commands.add_parser(
+        "snapshot", help="keep what a model does in a file", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    compare = commands.add_parser(
+        "compare", help="compare a model with its snapshot", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    if arguments[:1] in (["snapshot"], ["compare"]):
+        from lmconform.snapshots import command as snapshots
+
+        snapshots.add_snapshot_arguments(snapshot)
+        snapshot.set_defaults(run=snapshots.snapshot_main)
+        snapshots.add_compare_arguments(compare)
+        compare.set_defaults(run=snapshots.compare_main)
     return parser
 
 
@@ -422,6 +441,7 @@ def _explained_cause(cause: CauseEntry) -> list[tuple[str, str]]:
         ("confirm", cause.confirm.replace("{spec}", "SPEC")),
         ("mend", cause.mend),
         ("turns red", ", ".join(f"{check} ({cause.shows[check]})" for check in by_reliability)),
+        ("leaves green", ", ".join(sorted(cause.spares))),
         ("easily taken for", ", ".join(cause.similar)),
         ("see", "; ".join(cause.references)),
     ]

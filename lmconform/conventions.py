@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 IDS = ("input_ids", "idx", "tokens", "ids", "token_ids", "x", "input", "inputs")
 MASK = ("attention_mask", "mask", "attn_mask", "padding_mask")
+ANY_MASK = ("mask", "attn_mask", "padding_mask")  # may be the causal mask [time, time], or 1 where padding is
+IGNORED = -100  # the label that does not count, torch's and Hugging Face's default
+SAME = 0.05  # of the logits' spread: below lies rounding, also of half types, or a fault that checks must see
 POSITIONS = ("position_ids", "positions", "pos", "input_pos")
 CACHE = ("past_key_values", "cache_params", "state", "past", "cache", "kv_cache", "kv_caches", "layer_past", "mems")
 USE_CACHE = ("use_cache", "return_cache")
@@ -36,7 +39,14 @@ subject = lmconform.Subject({module}.build, call=call)      # then: lmconform ch
 
 
 class ConventionError(Exception):
-    """No way of calling the model gave logits; the text shows what was tried and the adapter that settles it."""
+    """No way of calling the model gave logits; the text shows what was tried and the adapter that settles it.
+
+    `tried` has one line for each way, with what came of it.
+    """
+
+    def __init__(self, text: str, tried: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.tried = tuple(tried)
 
 
 @dataclass
@@ -56,6 +66,7 @@ class Convention:
 
     `labels_shifted`: the model shifts labels itself (Hugging Face's `labels`); a `targets` argument (nanoGPT) is
     compared with the logits as it stands. `targets_for_logits`: logits of every position come only with targets.
+    `mask_refusal`: why an argument called mask is no padding mask [batch, time] of 1 and 0.
     """
 
     ids: str | None
@@ -69,6 +80,7 @@ class Convention:
     hidden_states: str | None = None
     attentions: str | None = None
     targets_for_logits: bool = False
+    mask_refusal: str = ""
     call: Callable[..., Any] | None = field(default=None, compare=False)
 
     def describe(self) -> str:
@@ -85,9 +97,16 @@ class Convention:
     def run(self, module: nn.Module, input_ids: Tensor | None, **inputs: Any) -> Output:
         """Call the model once. `inputs` are fields of this convention (mask=..., cache=..., labels=...).
 
+        Ids and labels are handed over contiguous, as data loaders do: many a loss calls view(-1) on them. Logits that
+        come flattened with labels, [batch * time, vocab], are given back as [batch, time, vocab].
+
         Raises ConventionError when the model takes no such input or gives no logits.
         """
         keywords: dict[str, Any] = {}
+        if input_ids is not None:
+            input_ids = input_ids.contiguous()
+        if inputs.get("labels") is not None:
+            inputs["labels"] = inputs["labels"].contiguous()
         for key, value in inputs.items():
             if value is None or (value is False and key != "use_cache"):
                 continue
@@ -108,7 +127,15 @@ class Convention:
             raw = module(input_ids, **keywords)
         else:
             raw = module(**{self.ids: input_ids}, **keywords)
-        return read(raw, cache_name=self.cache)
+        output = read(raw, cache_name=self.cache)
+        if self.labels in keywords and input_ids is not None and output.logits.dim() == 2:
+            if output.logits.shape[0] != input_ids.numel():
+                raise ConventionError(
+                    f"with {self.labels} it returned logits {list(output.logits.shape)}, neither [batch, time, vocab] "
+                    f"nor [batch * time, vocab] of ids {list(input_ids.shape)}"
+                )
+            output.logits = output.logits.unflatten(0, tuple(input_ids.shape))
+        return output
 
 
 def read(raw: Any, cache_name: str | None = None) -> Output:
@@ -211,12 +238,39 @@ def find_convention(
             except Exception as error:
                 tried.append(f"{candidate.describe()}: {type(error).__name__}: {first_line(error)}")
                 continue
-        return candidate, logits.shape[-1]
+        return _without_other_mask(candidate, module, input_ids, logits), logits.shape[-1]
     raise ConventionError(
         f"found no way to get logits [batch, time, vocab] out of {type(module).__name__}. Tried, with ids of shape "
         f"{list(input_ids.shape)}:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(tried)) + "\n"
-        "Say it once in an adapter:\n\n" + ADAPTER.format(module=where)
+        "Say it once in an adapter:\n\n" + ADAPTER.format(module=where),
+        tried,
     )
+
+
+def _without_other_mask(found: Convention, module: nn.Module, input_ids: Tensor, logits: Tensor) -> Convention:
+    """The convention without its mask, where an argument of a general name is no padding mask.
+
+    A padding mask of ones hides nothing: it must be taken, as int64 or as bool, and leave the logits alone. An argument
+    called attention_mask is taken at its word, so that what is wrong with it is for the checks to say.
+    """
+    import torch
+
+    if found.mask not in ANY_MASK:
+        return found
+    what = f"{found.mask}= is no padding mask [batch, time] with 1 for a token"
+    ones = torch.ones_like(input_ids)
+    for mask in (ones, ones.bool()):
+        given = f"ones {list(mask.shape)} of {str(mask.dtype).removeprefix('torch.')}"
+        try:
+            with torch.no_grad():
+                masked = found.run(module, input_ids, mask=mask).logits
+        except Exception as error:
+            refusal = f"{what}: {given} raise {type(error).__name__}: {first_line(error)}"
+            return replace(found, mask=None, mask_refusal=refusal)
+        moved = float((masked.double() - logits.double()).abs().max()) if masked.shape == logits.shape else float("nan")
+        if not moved <= SAME * float(logits.double().std()):
+            return replace(found, mask=None, mask_refusal=f"{what}: {given} change the logits (by {moved:.3g})")
+    return found
 
 
 def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[Convention]:

@@ -30,6 +30,12 @@ def lies_in_memory(name: str) -> bool:
     return name == "cpu" or is_simulated(name)
 
 
+def require(name: str) -> None:
+    """Raises DeviceError, once and before anything is built, where there is no such device. The CPU costs nothing."""
+    if name != "cpu":
+        Device(name)
+
+
 class Device:
     """A device that is there, by its public name. Raises DeviceError for one that is not.
 

@@ -22,7 +22,7 @@ def excite(module: nn.Module, seed: int) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    roles = _roles(module)
+    roles = roles_of(module)
     with torch.no_grad():
         for parameter in module.parameters():
             if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.is_meta:
@@ -57,7 +57,8 @@ def _excited(role: str, values: Tensor, noise: Tensor) -> Tensor:
     return values * (1 + 0.1 * noise.clamp(-2, 2))
 
 
-def _roles(module: nn.Module) -> dict[int, str]:
+def roles_of(module: nn.Module) -> dict[int, str]:
+    """What each parameter is, by id: embedding, linear, conv1d, norm or bias; others are left out."""
     from torch import nn
 
     roles: dict[int, str] = {}
@@ -67,6 +68,11 @@ def _roles(module: nn.Module) -> dict[int, str]:
             roles.setdefault(id(weight), "embedding")
         elif isinstance(part, nn.Linear):
             roles.setdefault(id(weight), "linear")
+        elif isinstance(part, nn.MultiheadAttention):
+            for name, parameter in part.named_parameters(recurse=False):
+                role = {"weight": "linear", "bias": "bias"}.get(name.rpartition("_")[2])  # in_proj_weight, in_proj_bias
+                if role is not None:
+                    roles.setdefault(id(parameter), role)
         elif type(part).__name__ == "Conv1D" and weight is not None and weight.dim() == 2:
             roles.setdefault(id(weight), "conv1d")
         elif weight is not None and weight.dim() == 1 and "norm" in type(part).__name__.lower():

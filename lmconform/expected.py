@@ -72,7 +72,10 @@ def _entries(text: str, place: str, table: str, *, known: bool) -> list[Expectat
         raise ExpectedError(f"{place}: {error}") from error
     if strange := sorted(set(data) - {table}):
         raise ExpectedError(f"{place}: unknown table {', '.join(strange)}; entries are [[{table}]] tables")
-    return [_entry(entry, f"{place}, entry {number}", known) for number, entry in enumerate(data.get(table, []), 1)]
+    entries = data.get(table, [])
+    if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise ExpectedError(f"{place}: {table} = {entries!r}; entries are [[{table}]] tables")
+    return [_entry(entry, f"{place}, entry {number}", known) for number, entry in enumerate(entries, 1)]
 
 
 def _entry(entry: dict[str, Any], place: str, known: bool) -> Expectation:
@@ -80,6 +83,9 @@ def _entry(entry: dict[str, Any], place: str, known: bool) -> Expectation:
         raise ExpectedError(f"{place}: unknown key {', '.join(strange)}; known: {', '.join(sorted(KEYS))}")
     if missing := sorted({"subject", "id"} - set(entry)):
         raise ExpectedError(f"{place}: {' and '.join(missing)} missing")
+    for key, value in entry.items():
+        if not isinstance(value, str):
+            raise ExpectedError(f"{place}: {key} = {value!r} is no string")
     if entry["id"] not in all_checks():
         raise ExpectedError(f"{place}: {unknown_id(entry['id'], all_checks())}")
     if not str(entry.get("reason", "")).strip():

@@ -6,6 +6,7 @@ Resolved in this order: an existing directory; `file.py:attr`; `transformers:TYP
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import re
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmconform.conventions import first_line
-from lmconform.subject import BuildError, Subject
+from lmconform.subject import BuildError, Subject, UnloadableTokenizer
 
 if TYPE_CHECKING:
     from types import ModuleType
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json", "merges.txt")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -58,7 +60,7 @@ def _import_file(path: str) -> ModuleType:
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
         raise BuildError(f"{path}: no such file" + (f"; did you mean {file.parent / near[0]}?" if near else ""))
-    name = f"_lmconform_subject_{file.stem}_{abs(hash(str(file.resolve()))):x}"
+    name = f"_lmconform_subject_{file.stem}_{hashlib.sha1(str(file.resolve()).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -161,13 +163,15 @@ def _meant_type(place: str) -> str:
 
 
 def _tokenizer(place: str, trust_remote_code: bool) -> Any | None:
-    """The checkpoint's tokenizer, None where it has none."""
+    """The checkpoint's tokenizer, None where it has none, and the reason where it cannot be loaded."""
     folder = Path(place)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+    if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         return None
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError):
-        return None
+    except (OSError, ValueError, ImportError) as error:
+        if not folder.is_dir():  # a hub id may have none
+            return None
+        return UnloadableTokenizer(f"the tokenizer could not be loaded: {type(error).__name__}: {first_line(error)}")

@@ -83,9 +83,12 @@ def read_ini(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {}).get("lmconform", {})
+        tools = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
     except tomllib.TOMLDecodeError as error:
         raise OptionError(f"{file}: {error}") from error
+    table = tools.get("lmconform", {}) if isinstance(tools, dict) else {}
+    if not isinstance(table, dict):
+        raise OptionError(f"{file}: tool.lmconform = {table!r} is no table; options stand under [tool.lmconform]")
     kinds: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -93,7 +96,7 @@ def read_ini(folder: Path) -> dict[str, Any]:
             raise OptionError(f"{file}: [tool.lmconform] has no option {key!r}{_suggest(name, NAMES)}")
         annotation = str(NAMES[name].type)
         kind = next((k for prefix, k in kinds.items() if annotation.startswith(prefix)), None)
-        wrong = kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool))
+        wrong = kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind))
         if annotation.startswith("tuple") and not isinstance(value, str):
             wrong = not isinstance(value, list) or not all(isinstance(item, str) for item in value)
             annotation = "string or list of strings"

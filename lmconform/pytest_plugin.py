@@ -47,6 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lm", metavar="SPEC", action="append", default=[], dest="lm",
         help="check this model: a directory, file.py:attr, transformers:TYPE, pkg.mod:attr or a hub id; repeatable",
     )  # fmt: skip
+    group.addoption(
+        "--lm-snapshot", metavar="DIR", dest="lm_snapshot",
+        help="compare every subject with its snapshot in DIR; missing and unused ones fail",
+    )  # fmt: skip
     for name, option in NAMES.items():
         flag = "--lm-" + name.replace("_", "-")
         if name == "known":
@@ -89,10 +93,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {meaning}")
     if config.getoption("lm"):
         try:
-            options = _options(config)
+            run = Conformance(config, _options(config))
         except BAD_USAGE as error:
             raise pytest.UsageError(f"lmconform: {error}") from error
-        config.pluginmanager.register(Conformance(config, options), "lmconform-run")
+        config.pluginmanager.register(run, "lmconform-run")
+    elif config.getoption("lm_snapshot"):
+        raise pytest.UsageError("lmconform: --lm-snapshot goes with --lm SPEC")
+
+
+def _snapshot_files(folder: str | None, specs: Sequence[str]) -> dict[str, Path]:
+    """SPEC to snapshot; empty without --lm-snapshot. Raises OptionError."""
+    if folder is None:
+        return {}
+    from lmconform.snapshots.pytest_items import files_of
+
+    return files_of(folder, specs)
 
 
 class Conformance:
@@ -103,6 +118,7 @@ class Conformance:
         self.options = options
         self.specs: list[str] = list(dict.fromkeys(config.getoption("lm")))
         self.handles: list[SubjectHandle] = []
+        self.snapshots = _snapshot_files(config.getoption("lm_snapshot"), self.specs)
         self.results: dict[str, dict[str, Any]] = {}
 
     def pytest_report_header(self) -> str:
@@ -126,8 +142,13 @@ class Conformance:
 
     def _handles(self) -> Iterator[SubjectHandle]:
         """The subjects, names made distinct. Raises UsageError before anything is collected."""
+        from lmconform.devices import DeviceError, require
         from lmconform.subject import BuildError
 
+        try:
+            require(self.options.device)
+        except DeviceError as error:
+            raise pytest.UsageError(f"lmconform: {error}") from error
         taken: set[str] = set()
         for spec in self.specs:
             try:
@@ -209,6 +230,11 @@ class Subjects(pytest.Collector):
                 item = ConformanceItem.from_parent(self, name=f"{handle.name}-{check.id}", handle=handle, check=check)
                 item.add_marker(getattr(pytest.mark, check.profile))
                 yield item
+        if self.run.snapshots:
+            from lmconform.snapshots.pytest_items import snapshot_items
+
+            subjects = [(handle.name, handle.spec, handle.subject) for handle in self.run.handles]
+            yield from snapshot_items(self, subjects, self.run.snapshots, self.run.options)
 
 
 class ConformanceItem(pytest.Item):
@@ -274,6 +300,11 @@ class SubjectHandle:
 
     def __repr__(self) -> str:
         return self.name
+
+    @property
+    def subject(self) -> Any:
+        """The Subject, or its SPEC where a child process holds it."""
+        return getattr(self.backend, "subject", self.spec)
 
     def run(self, check: Check) -> Result:
         """The result of one check. A subject that cannot be built fails once and blocks the rest."""

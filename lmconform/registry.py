@@ -145,7 +145,7 @@ def get_check(id: str) -> Check:
 
 def unknown_id(id: str, known: Iterable[str], kind: str = "check") -> str:
     """One sentence for a mistyped id."""
-    near = difflib.get_close_matches(id, list(known), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(id, list(known), n=2, cutoff=0.65)
     return f"no {kind} is called {id!r}" + (f"; did you mean {' or '.join(near)}?" if near else "; see: lmconform list")
 
 

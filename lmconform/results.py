@@ -191,6 +191,14 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     os.replace(part.name, target)
 
 
+PROCESS = ("the process ", "did not end within", "the subject could not be built", "ran out of memory")
+
+
+def of_the_process(result: Result) -> bool:
+    """Whether an error tells of the process (a crash, a hang, want of memory), not of what the model computes."""
+    return result.status == Status.error and result.message.startswith(PROCESS)
+
+
 def tally(counts: dict[str, int]) -> str:
     """'38 passed, 2 failed, 5 not_applicable': the ledger in one line, zeroes left out."""
     return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "nothing ran"

@@ -6,6 +6,7 @@ import shlex
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 CHECK_TIMEOUT = 120.0  # seconds after which a single check counts as hanging
 SHRINK_SECONDS = 4.0
 PACKAGE = str(Path(__file__).parent) + "/"
+MEASURING = (f"{PACKAGE}checks/", f"{PACKAGE}measuring/")
 
 
 P = TypeVar("P")
@@ -117,8 +119,7 @@ class Runner:
             text = f"the model called sys.exit({error.code!r}){_origin(error)}"
             return self._result(check, Status.error, text, context.case)
         except Exception as error:
-            text = f"the model raised {type(error).__name__}: {first_line(error)}{_origin(error)}"
-            return self._result(check, Status.error, text, context.case)
+            return self._result(check, Status.error, _raised(error), context.case)
         if violation is None:
             return self._green(check, context)
         self.started(check.id)
@@ -172,7 +173,7 @@ class Runner:
 
     def _violated(self, check: Check, first: Violation, small: Violation | None, notes: Sequence[str]) -> Result:
         shown = small or first
-        lines = [first.message + _figures(shown)]
+        lines = [shown.message + _figures(shown)]
         if shown.where:
             lines.append(f"where: {shown.where}")
         if shown.case is not None:
@@ -197,9 +198,10 @@ class Runner:
 
     def repro(self, check: Check, case: Case | None) -> str:
         """The command that shows this finding again."""
-        return reproduction(
-            self.subject.spec or self.subject.name, check.id, self.seed, str(case) if case else "", self.options
-        )
+        at = str(case) if case else ""
+        if not self.subject.source:
+            return reproduction_in_python(self.subject.name, check.id, self.seed, at)
+        return reproduction(self.subject.source, check.id, self.seed, at, self.options)
 
     def _context(self, check: Check, subject: Specimen) -> Context:
         case = self._case(check)
@@ -225,6 +227,12 @@ def reproduction(spec: str, id: str, seed: int, case: str = "", options: str = "
     if case:
         parts += ["--case", shlex.quote(case)]
     return " ".join(filter(None, [*parts, options]))
+
+
+def reproduction_in_python(name: str, id: str, seed: int, case: str = "") -> str:
+    """The same for a subject that no SPEC names: an object of the caller's."""
+    more = f", case={case!r}" if case else ""
+    return f"lmconform.check_model({name}, select=[{id!r}], seed={seed}{more})  # {name}: the object that was checked"
 
 
 class Named(Protocol):
@@ -275,13 +283,20 @@ def _time_limit(seconds: float) -> Iterator[None]:
     def ring(signum: int, frame: Any) -> None:
         raise Hang
 
+    started = time.monotonic()
+    outer, interval = signal.getitimer(signal.ITIMER_REAL)
+    if 0 < outer <= seconds:  # somebody else's limit (pytest-timeout's) comes first: it stands
+        yield
+        return
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
+        left = max(outer - (time.monotonic() - started), 1e-3) if outer > 0 else 0.0
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 @contextmanager
@@ -322,6 +337,16 @@ def _origin(error: BaseException) -> str:
         return ""
     code = last.tb_frame.f_code
     return f" (at {code.co_filename.rsplit('/', 1)[-1]}:{last.tb_lineno}, in {code.co_name})"
+
+
+def _raised(error: Exception) -> str:
+    """What raised, in words: the model, or a check that could not read what the model gave."""
+    text = f"{type(error).__name__}: {first_line(error)}"
+    inner = traceback.extract_tb(error.__traceback__)[-1]
+    if inner.filename.startswith(MEASURING):
+        place = f"{Path(inner.filename).name}:{inner.lineno}"
+        return f"lmconform could not measure it on what the model gave: {text} (at lmconform's {place})"
+    return f"the model raised {text}{_origin(error)}"
 
 
 def _name(dtype: Any) -> str:

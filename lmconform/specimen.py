@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import capabilities, structure, tolerance
 from lmconform.conventions import Convention, Output, first_line
+from lmconform.exact_masks import masks_in_the_querys_type
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +42,12 @@ class Specimen:
         *,
         name: str,
         spec: str = "",
+        source: str = "",
         seed: int = 0,
         builder: Callable[[int], nn.Module] | None = None,
         pristine: Callable[[], nn.Module] | None = None,
         tokenizer: Any = None,
+        tokenizer_trouble: str = "",
         recipe: Any = None,
         reference: Specimen | None = None,
         home: Device | None = None,
@@ -55,9 +58,11 @@ class Specimen:
         self.vocab_size = vocab_size
         self.name = name
         self.spec = spec  # empty where no SPEC named it
+        self.source = source  # a SPEC that builds it again; empty where there is none
         self.seed = seed
         self.builder = builder
         self.tokenizer = tokenizer
+        self.tokenizer_trouble = tokenizer_trouble  # why the checkpoint's own could not be loaded
         self.recipe = recipe
         self.reference = reference
         self.home = home
@@ -66,6 +71,7 @@ class Specimen:
         self._capabilities: dict[str, capabilities.Capability] = {}
         self._twin: Specimen | bool | None = False
         self._loaded: Specimen | None = None
+        self._wider = False  # a float64 copy of a narrower model: evidence, not the model that is judged
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -205,7 +211,7 @@ class Specimen:
 
         if self.module.training != train:
             self.module.train(train)
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), masks_in_the_querys_type() if self._wider else nullcontext():
             return self.convention.run(
                 self.module,
                 input_ids,
@@ -243,14 +249,18 @@ class Specimen:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def _derive(self, module: nn.Module, **changes: Any) -> Specimen:
+        import torch
+
         keep: dict[str, Any] = {
-            "name": self.name, "spec": self.spec, "seed": self.seed, "builder": self.builder,
+            "name": self.name, "spec": self.spec, "source": self.source, "seed": self.seed, "builder": self.builder,
             "pristine": self._pristine, "tokenizer": self.tokenizer, "recipe": self.recipe,
+            "tokenizer_trouble": self.tokenizer_trouble,
             "reference": self.reference, "home": self.home, "announce": self.announce,
         }  # fmt: skip
         keep.update(changes)
         derived = Specimen(module, self.convention, self.vocab_size, **keep)
         derived._capabilities = dict(self._capabilities)
+        derived._wider = self._wider or (derived.dtype == torch.float64 != self.dtype)
         return derived
 
     def copy(self) -> Specimen:
@@ -260,16 +270,19 @@ class Specimen:
     def _copied_module(self) -> nn.Module:
         self._afford(self.weight_bytes, "a copy")
         try:
-            return copy.deepcopy(self.module)
+            copied = copy.deepcopy(self.module)
         except Exception as error:
             if self.builder is None:
                 raise Unavailable(f"the model cannot be copied: {type(error).__name__}: {error}") from error
-            fresh = self.builder(self.seed)
-            fresh.load_state_dict(self.module.state_dict())
-            return self.put(fresh.to(dtype=self.dtype)).train(self.module.training)
+        else:
+            if self.builder is None or not _shares_memory(copied, self.module):
+                return copied
+        fresh = self.builder(self.seed)
+        fresh.load_state_dict(self.module.state_dict())
+        return self.put(fresh.to(dtype=self.dtype)).train(self.module.training)
 
     def twin(self) -> Specimen | None:
-        """A float64 copy, made once; None where the model does not run, or does not answer, in float64."""
+        """A float64 copy, made once; None where the model does not run in float64, or says something else there."""
         if isinstance(self._twin, bool):
             self._twin = self._make_twin()
         return self._twin
@@ -281,15 +294,23 @@ class Specimen:
             return None
         try:
             self._afford(self.weight_bytes * 8 // max(1, self.dtype.itemsize), "a float64 copy")
+            own = self.logits(self.noise_ids).double()
             module = self._copied_module().to(torch.float64)
             set_experts = getattr(module, "set_experts_implementation", None)
             if callable(set_experts):  # the grouped kernels take no float64
                 set_experts("eager")
             twin = self._derive(module)
-            logits = twin.logits(self.probe_ids())
+            logits = twin.logits(self.noise_ids)
         except Exception:
             return None
         if logits.dtype != torch.float64 or not bool(logits.isfinite().all()):
+            return None
+        apart = tolerance.typical(own - logits)
+        if apart > tolerance.TWIN_APART * self.perturbation:
+            self.announce(
+                f"its float64 copy is no evidence and is left out: the logits differ by {apart:.3g}, where rounding "
+                f"explains {self.perturbation:.3g}; something in it depends on the type, or on chance"
+            )
             return None
         return twin
 
@@ -298,6 +319,17 @@ class Specimen:
         if self.builder is None:
             raise Unavailable(str(self.can("rebuild").reason))
         return self._derive(self.put(self.builder(seed).to(dtype=self.dtype)).eval(), seed=seed)
+
+    def unused(self) -> Specimen:
+        """A copy that no forward has run through yet: built anew and given these weights, where that can be done.
+
+        What a model makes in its first forward is not there yet.
+        """
+        if self.builder is None or self.weight_bytes > LARGE:
+            return self.copy()
+        made = self.fresh(self.seed)
+        made.module.load_state_dict(self.module.state_dict(), strict=False)
+        return made
 
     def as_loaded(self) -> Specimen:
         """The model with the weights it came with, before excitation; made once."""
@@ -323,7 +355,17 @@ class Specimen:
     @functools.cached_property
     def noise(self) -> float:
         """The noise floor of the logits, in logits; see lmconform.tolerance."""
-        return tolerance.noise_floor(self, self.probe_ids(2, self.longest(40)))
+        return tolerance.noise_floor(self)
+
+    @functools.cached_property
+    def noise_ids(self) -> Tensor:
+        """What noise is measured on: [2, up to 40]."""
+        return self.probe_ids(2, self.longest(40))
+
+    @functools.cached_property
+    def perturbation(self) -> float:
+        """What moving every weight by one unit in the last place does to the logits, in logits."""
+        return tolerance.perturbation(self, self.noise_ids)
 
     def scaled(self, factor: float) -> Specimen:
         """A copy whose matrices are `factor` times as large: attention becomes hard, soft masks leak."""
@@ -335,6 +377,12 @@ class Specimen:
                 if parameter.dim() >= 2:
                     parameter.mul_(factor)
         return copied
+
+
+def _shares_memory(copied: nn.Module, module: nn.Module) -> bool:
+    """Whether a weight of the copy is the original's: a __deepcopy__ of the model's own gives itself back."""
+    here = {parameter.data_ptr() for parameter in module.parameters() if parameter.numel() and not parameter.is_meta}
+    return any(parameter.data_ptr() in here for parameter in copied.parameters() if not parameter.is_meta)
 
 
 def random_ids(ordinary: list[int], batch: int, time: int, generator: torch.Generator) -> Tensor:

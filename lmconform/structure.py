@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,17 +81,18 @@ def special_ids(module: nn.Module) -> dict[str, int]:
     return found
 
 
-def blocks(module: nn.Module) -> tuple[str, nn.ModuleList] | None:
+def blocks(module: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential] | None:
     """Name and list of the repeated blocks (layers): the ModuleList that holds the most parameters.
 
-    A tower that reads images or sound counts only where there is nothing else: no token runs through it.
+    An nn.Sequential counts where it holds two or more composite modules of one class. A tower that reads images or
+    sound counts only where there is nothing else: no token runs through it.
     """
     from torch import nn
 
     lists = [
         (name, part)
         for name, part in module.named_modules()
-        if isinstance(part, nn.ModuleList)
+        if (isinstance(part, nn.ModuleList) or _of_equals(part))
         and len(part) > 0
         and not any(isinstance(child, nn.Embedding | nn.ModuleList) for child in part)
     ]
@@ -101,6 +102,18 @@ def blocks(module: nn.Module) -> tuple[str, nn.ModuleList] | None:
     if not lists:
         return None
     return max(lists, key=lambda item: (not OTHER_SENSE.search(item[0]), _size(item[1]), -len(item[0])))
+
+
+def _of_equals(part: nn.Module) -> TypeGuard[nn.Sequential]:
+    from torch import nn
+
+    return (
+        isinstance(part, nn.Sequential)
+        and len(part) > 1
+        and len({type(child) for child in part}) == 1
+        and all(any(True for _ in child.children()) for child in part)
+        and list(part._modules) == [str(index) for index in range(len(part))]  # an index is the name of a block
+    )
 
 
 def embedding(module: nn.Module, vocab_size: int) -> nn.Module | None:

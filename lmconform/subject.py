@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 from lmconform.conventions import ConventionError, find_convention, first_line
@@ -12,13 +15,20 @@ from lmconform.global_state import global_state_kept
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from lmconform.specimen import Specimen
 
 
 class BuildError(Exception):
     """The subject could not be built; the text says what was tried and what came of it (exit code 2)."""
+
+
+@dataclass(frozen=True)
+class UnloadableTokenizer:
+    """What stands in for a checkpoint's tokenizer that is there and cannot be loaded."""
+
+    reason: str
 
 
 class Subject:
@@ -50,6 +60,20 @@ class Subject:
         self.call = call
         self.tokenizer = tokenizer or getattr(recipe, "tokenizer", None)
         self.recipe = recipe
+        self.tokenizer_trouble = ""
+
+    @property
+    def source(self) -> str:
+        """A SPEC that builds it again: the one that named it, else `file.py:attr` of a builder; else empty."""
+        if self.spec:
+            return self.spec
+        given = self.model_or_builder
+        code = getattr(given, "__init__", None) if isinstance(given, type) else given
+        name, file = getattr(given, "__qualname__", ""), getattr(getattr(code, "__code__", None), "co_filename", "")
+        if not name.isidentifier() or not file.endswith(".py"):
+            return ""
+        place = Path(file)
+        return f"{place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place}:{name}"
 
     def __repr__(self) -> str:
         return f"Subject({self.name})"
@@ -103,7 +127,8 @@ class Subject:
         try:
             convention, vocab_size = find_convention(module, ids, self.call)
         except ConventionError as error:
-            raise BuildError(f"{self.name}: {error}") from error
+            text = _there_alone(module, ids, self.call, home, error) or str(error)
+            raise BuildError(f"{self.name}: {text}") from error
         except SystemExit as error:
             raise BuildError(f"{self.name}: forward() called sys.exit({error.code!r})") from error
         return Specimen(
@@ -112,10 +137,12 @@ class Subject:
             vocab_size,
             name=self.name,
             spec=self.spec,
+            source=self.source,
             seed=seed,
             builder=builder,
             pristine=pristine,
             tokenizer=self.tokenizer,
+            tokenizer_trouble=self.tokenizer_trouble,
             recipe=self.recipe,
             home=home,
             announce=announce,
@@ -142,6 +169,8 @@ class Subject:
         if isinstance(made, tuple) and len(made) in (2, 3):
             made, tokenizer, *rest = made
             self.recipe = self.recipe or next(iter(rest), None)
+            if isinstance(tokenizer, UnloadableTokenizer):
+                self.tokenizer_trouble, tokenizer = tokenizer.reason, None
             self.tokenizer = self.tokenizer or tokenizer or getattr(self.recipe, "tokenizer", None)
         if isinstance(made, Subject):
             raise BuildError(f"{self.name}: the builder returned a Subject; give the Subject itself as the spec")
@@ -151,6 +180,20 @@ class Subject:
                 "a (model, tokenizer) pair or a (model, tokenizer, recipe) triple"
             )
         return made
+
+
+def _there_alone(module: nn.Module, ids: Tensor, call: Any, home: Device, error: ConventionError) -> str:
+    """What to say of a model that gives logits on the CPU and not where it was moved; empty for every other."""
+    if home.place.type == "cpu" or not error.tried:
+        return ""
+    try:
+        find_convention(module.to("cpu"), ids.cpu(), call)
+    except Exception:
+        return ""
+    return (
+        f"it gives logits on the CPU, and on {home.name} {error.tried[0]}\n"
+        "The same on the CPU with --select placement names whatever else stays behind."
+    )
 
 
 def as_subject(given: Any, *, trust_remote_code: bool = False) -> Subject:
@@ -231,11 +274,6 @@ def _name_of(given: Any) -> str:
 
 def _raised_at(error: BaseException) -> str:
     """' (at model.py:12)': the last line of the traceback, for a one-line message."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return ""
-    from pathlib import Path
-
-    return f" (at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"
+    simulated = str(Path(__file__).parent / "simulated")
+    frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith(simulated)]
+    return f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

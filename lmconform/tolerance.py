@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FACTOR = 16.0
 CONFIRM_BELOW = 1000.0  # a red within this many bounds must be confirmed in float64, where there is such a copy
+TWIN_APART = 1000.0  # perturbations by which a float64 copy may differ and still be the same model
 TWIN_PERTURBATION = 1e-10  # far above float64 rounding, far below float32's: hidden float32 parts show as noise
 
 
@@ -27,21 +28,25 @@ def epsilon(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def noise_floor(subject: Specimen, ids: Tensor) -> float:
-    """What rounding does to the logits of `ids` [batch, time], in logits (absolute)."""
+def noise_floor(subject: Specimen) -> float:
+    """What rounding does to the logits of `subject.noise_ids`, in logits (absolute)."""
+    floors = [subject.perturbation]
+    twin = subject.twin()
+    if twin is not None:
+        apart = subject.logits(subject.noise_ids).double() - twin.logits(subject.noise_ids).double()
+        floors.append(typical(apart))
+    finite = [floor for floor in floors if floor == floor]
+    return max(finite, default=float("nan"))
+
+
+def perturbation(subject: Specimen, ids: Tensor) -> float:
+    """What the smallest change of the weights does to the logits of `ids` [batch, time], in logits (absolute)."""
     import torch
 
     base = subject.logits(ids).double()
-    floors = [typical(epsilon(subject.dtype) * base.abs())]
-    if subject.dtype == torch.float64:
-        floors.append(typical(base - perturbed(subject, ids, TWIN_PERTURBATION).double()))
-    else:
-        floors.append(typical(base - perturbed(subject, ids, epsilon(subject.dtype)).double()))
-        twin = subject.twin()
-        if twin is not None:
-            floors.append(typical(base - twin.logits(ids).double()))
-    finite = [floor for floor in floors if floor == floor]
-    return max(finite, default=float("nan"))
+    size = TWIN_PERTURBATION if subject.dtype == torch.float64 else epsilon(subject.dtype)
+    moved = typical(base - perturbed(subject, ids, size).double())
+    return max(typical(epsilon(subject.dtype) * base.abs()), moved if moved == moved else 0.0)
 
 
 def perturbed(subject: Specimen, ids: Tensor, size: float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.cases import Choice, Span
+from lmconform.checks.causality import known_leak
 from lmconform.checks.padding import mask_for
 from lmconform.context import Hint
 from lmconform.registry import register_check
@@ -216,18 +217,20 @@ def _compare_chunks(subject: Specimen, ctx: Context, sizes: Sequence[int], masks
     if decoded.shape == whole.shape:
         bad = (decoded.double() - whole.double()).abs().nan_to_num(nan=float("inf")).amax(dim=(0, 2))
         wrong = (bad > tolerance.allowed(subject.noise, whole)).nonzero().flatten().tolist()
-        hint = _likely(wrong, starts, sizes, subject.window)
+        hint = _likely(wrong, starts, sizes, subject.window, known_leak(subject))
     shown = "+".join(map(str, sizes[:8])) + ("+..." if len(sizes) > 8 else "")
     ctx.equal(decoded, whole, f"{message} differ from one forward over the whole", where=f"chunks {shown}", hint=hint)
 
 
-def _likely(wrong: Sequence[int], starts: Sequence[int], sizes: Sequence[int], window: int | None) -> str:
-    """What the set of wrong positions points to."""
+def _likely(
+    wrong: Sequence[int], starts: Sequence[int], sizes: Sequence[int], window: int | None, leak: str = ""
+) -> str:
+    """What the set of wrong positions points to; `leak` is what is known of plain calls that see the future."""
     if not wrong:
         return ""
     first = wrong[0]
     if first < sizes[0]:
-        return Hint(
+        return leak or Hint(
             "already the first chunk differs, on no past at all: use_cache=True takes another path",
             "mask.off_by_one",
             "mask.missing",
@@ -259,7 +262,7 @@ def _likely(wrong: Sequence[int], starts: Sequence[int], sizes: Sequence[int], w
         )
     return Hint(
         f"right up to position {first - 1}: the cache drops, overwrites or misplaces tokens beyond that length",
-        "cache.truncated",
+        *(("cache.stale", "cache.truncated") if first == sizes[0] + 1 else ("cache.truncated",)),
     )
 
 

@@ -260,6 +260,12 @@ def compare_rows(
     )
 
 
+def known_leak(subject: Specimen) -> str:
+    """What causality.no_future_leak has found where plain calls leak too: it is no matter of train mode or chunks."""
+    hint = next(iter(_hints.get(subject, {}).values()), "")
+    return Hint(f"plain calls leak too: {hint}", *getattr(hint, "suspects", ())) if hint else ""
+
+
 def layers_of(subject: Specimen) -> int:
     found = structure.blocks(subject.module)
     return len(found[1]) if found is not None else 1
@@ -308,11 +314,15 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
             expected = train(ids, None if mask is None else mask[:1]).expand_as(expected)
             single = [train(rows[t : t + 1], None if mask is None else mask[:1]) for t in range(time)]
             logits = torch.cat(single)
-            hint = train_hint(copied) or (
-                Hint(
-                    "the branch for training has another mask (is_causal, or the mask itself, is only set in eval), or "
-                    "it mixes over time: statistics over the sequence, a loss chunked the wrong way",
-                    "mask.train_only",
+            hint = (
+                train_hint(copied)
+                or known_leak(subject)
+                or (
+                    Hint(
+                        "the branch for training has another mask (is_causal, or the mask itself, is only set in "
+                        "eval), or it mixes over time: statistics over the sequence, a loss chunked the wrong way",
+                        "mask.train_only",
+                    )
                 )
             )
         ctx.equal(
@@ -397,11 +407,15 @@ def check_cached_chunk(subject: Specimen, ctx: Context) -> None:
             watched(chunk, None, ids.device),
             "in a chunk fed on top of a cache, logits up to t change when only tokens after t change",
             where=f"prefix {prefix}, chunk {chunk}, mask {case.mask}",
-            hint=lambda: Hint(
-                "the causal mask of a chunk on top of a cache is missing or shifted: queries stand at past + i, so it "
-                "is tril(diagonal=past) of [chunk, past + chunk], and it must not be left out because a cache is there",
-                "mask.query_offset",
-                "mask.fast_path",
+            hint=lambda: (
+                known_leak(subject)
+                or Hint(
+                    "the causal mask of a chunk on top of a cache is missing or shifted: queries stand at past + i, so "
+                    "it is tril(diagonal=past) of [chunk, past + chunk], and it must not be left out because a cache "
+                    "is there",
+                    "mask.query_offset",
+                    "mask.fast_path",
+                )
             ),
             noise=subject.noise,
             axes=("chunk tokens changed after position", "seen at chunk position", "token"),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lmconform.cases import Choice, Span
+from lmconform.checks.causality import known_leak
 from lmconform.checks.positions import SUBSET, states
 from lmconform.context import Hint
 from lmconform.registry import register_check
@@ -53,8 +54,13 @@ def check_gradient(subject: Specimen, ctx: Context) -> None:
             0.0,
             "the gradient of logits[t] with respect to a later embedding[s] is not 0",
             where=f"{where}, t {worst[0]}, s {worst[1]}",
-            hint="token s > t takes part in computing logits[t]: a soft or missing causal mask, or a layer that mixes "
-            "over time (a norm over the sequence, a convolution padded on both sides)",
+            hint=known_leak(subject)
+            or Hint(
+                "token s > t takes part in computing logits[t]: a soft or missing causal mask, or a layer that mixes "
+                "over time (a norm over the sequence, a convolution padded on both sides)",
+                "mask.soft",
+                "mask.missing",
+            ),
         )
         if chosen := next((name for name in SUBSET if states(subject.config, name)), None):
             ctx.note(f"whether every earlier token is felt was not asked: attention chooses among them ({chosen})")

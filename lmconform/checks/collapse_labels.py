@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lmconform import structure
 from lmconform.checks.split_overlap import BATCHES, LONG, Finding, Specials, leak, padding_of
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.measuring.encoding import Encoder, as_ids
 from lmconform.recipe import WORDS, Batch
@@ -73,11 +74,12 @@ def check_labels(subject: Specimen, ctx: Context) -> None:
 def _of_labels(
     subject: Specimen, ctx: Context, recipe: Recipe, batches: list[Batch], specials: Specials
 ) -> list[Finding | None]:
-    offset, share = _alignment(batches)
+    offset, share = _alignment(batches, specials)
     shifts = _loss_shifts(subject, recipe)
     live = sum(int((batch.labels != IGNORED).sum()) for batch in batches if batch.labels is not None)
     if live == 0:
-        return [Finding("no label counts at all: every one is -100", "the mask for the labels is inverted")]
+        hint = Hint("the mask for the labels is inverted", "data.empty_examples")
+        return [Finding("no label counts at all: every one is -100", hint)]
     ctx.note(
         f"{live} labels in {len(batches)} batches, "
         + ("unrelated to the inputs" if offset is None else f"{'not yet' if offset == 0 else 'already'} shifted")
@@ -121,14 +123,17 @@ def _check_legal(subject: Specimen, ctx: Context, batches: list[Batch]) -> None:
                 ctx.fail(
                     f"{what} hold {int(wrong[0])}, which is no token of the model ({subject.vocab_size})",
                     where=where,
-                    hint="the tokenizer is larger than the model's vocabulary, or another tokenizer made the data",
+                    hint=Hint(
+                        "the tokenizer is larger than the model's vocabulary, or another tokenizer made the data",
+                        "tokenizer.ids_out_of_range",
+                    ),
                 )
 
 
 # -- alignment -------------------------------------------------------------------------------------------------------
 
 
-def _alignment(batches: list[Batch]) -> tuple[int | None, float]:
+def _alignment(batches: list[Batch], specials: Specials) -> tuple[int | None, float]:
     """At which offset labels[t] is ids[t + offset], and for which share of the labels; None where at none."""
     best: tuple[int | None, float] = (None, 0.0)
     for offset in (0, 1, 2, -1):
@@ -140,9 +145,8 @@ def _alignment(batches: list[Batch]) -> tuple[int | None, float]:
                 continue
             mine = labels[:, : time - offset] if offset >= 0 else labels[:, -offset:]
             theirs = ids[:, offset:] if offset >= 0 else ids[:, :offset]
-            live = mine != IGNORED
-            if batch.mask is not None:
-                live = live & (batch.mask[:, offset:] if offset >= 0 else batch.mask[:, :offset]).bool()
+            padded = padding_of(batch, specials)
+            live = (mine != IGNORED) & ~(padded[:, offset:] if offset >= 0 else padded[:, :offset])
             equal += int(((mine == theirs) & live).sum())
             total += int(live.sum())
         share = equal / total if total else 0.0
@@ -173,25 +177,33 @@ def _misaligned(offset: int | None, share: float, shifts: bool | None) -> Findin
     if offset is None:
         return Finding(
             f"labels are not the inputs at any shift (at best {share:.0%} of them agree)",
-            "labels and inputs were shuffled apart, or come from different rows",
+            Hint("labels and inputs were shuffled apart, or come from different rows", "data.rolled_labels"),
         )
     if offset == -1:
         return Finding(
             "labels are the tokens before the inputs, shifted the wrong way: each position learns what it has seen",
-            "torch.roll(ids, 1) goes to the right; the next token is ids[:, 1:]",
+            Hint("torch.roll(ids, 1) goes to the right; the next token is ids[:, 1:]", "data.rolled_labels"),
         )
     if offset == 2 or (offset == 1 and shifts):
         return Finding(
             "labels are shifted twice: the data shifts them and the loss shifts again, so that " + REASONS[1]
             if offset == 1
             else "labels are the inputs shifted by two: the data shifts twice",
-            "shift once: labels = input_ids where the model (or the loss) shifts, as transformers' models do",
+            Hint(
+                "shift once: labels = input_ids where the model (or the loss) shifts, as transformers' models do",
+                "data.rolled_labels",
+                "loss.double_shift",
+            ),
         )
     if offset == 0 and shifts is False:
         return Finding(
             "labels are the inputs, and the loss does not shift them: " + REASONS[0],
-            "shift in one place: labels[:, :-1] = ids[:, 1:] in the data, or logits[:, :-1] with labels[:, 1:] in the "
-            "loss (transformers' Trainer does not shift for classes of one's own when it smooths labels)",
+            Hint(
+                "shift in one place: labels[:, :-1] = ids[:, 1:] in the data, or logits[:, :-1] with labels[:, 1:] in "
+                "the loss (transformers' Trainer does not shift for classes of one's own when it smooths labels)",
+                "data.rolled_labels",
+                "loss.unshifted",
+            ),
         )
     return None
 
@@ -220,8 +232,11 @@ def _rolled(batches: list[Batch], specials: Specials) -> Finding | None:
     if rows >= 3 and wrapped >= WRAPPED * rows and (len(firsts) > 1 or after_end > 0):
         return Finding(
             f"labels are rolled: in {wrapped} of {rows} rows the last label is the row's own first token",
-            "torch.roll(ids, -1) wraps around, and carries padding along: labels[:, :-1] = ids[:, 1:], the last and "
-            "every one on padding -100",
+            Hint(
+                "torch.roll(ids, -1) wraps around, and carries padding along: labels[:, :-1] = ids[:, 1:], the last "
+                "and every one on padding -100",
+                "data.rolled_labels",
+            ),
             measured=wrapped / rows,
             where="last position",
         )
@@ -241,6 +256,7 @@ def _pollution(batches: list[Batch], specials: Specials, offset: int) -> Finding
         own = padded
         if offset == 1:  # the label of t is the token of t + 1; behind the last it is padding if the last is
             own = torch.cat([padded[:, 1:], padded[:, -1:]], dim=1)
+            own = own & ~_ends_of_shifted(batch, padded, specials)
         counted = labels != IGNORED
         polluted += int((counted & own).sum())
         ends += _count(labels, counted & own, specials.eos)
@@ -251,11 +267,29 @@ def _pollution(batches: list[Batch], specials: Specials, offset: int) -> Finding
     what = "EOS" if ends >= polluted / 2 else "padding" if padding >= polluted / 2 else "other tokens"
     return Finding(
         f"padding counts as a label: {polluted / live:.1%} of the labels stand on padding and say {what}",
-        "labels on padding must be -100: a model that is taught what follows the end learns to end at once "
-        "(labels.masked_fill(attention_mask == 0, -100))",
+        Hint(
+            "labels on padding must be -100: a model that is taught what follows the end learns to end at once "
+            "(labels.masked_fill(attention_mask == 0, -100))",
+            "data.eos_pollution",
+        ),
         measured=polluted / live,
         allowed=0.0,
     )
+
+
+def _ends_of_shifted(batch: Batch, padded: Tensor, specials: Specials) -> Tensor:
+    """Labels behind a row's last real token that are no padding: inputs and labels were padded after the shift.
+
+    There the label says something else than the padding beside it, or says the end, once, after a text without one.
+    """
+    import torch
+
+    labels, ids = cast("Tensor", batch.labels), batch.ids
+    following = torch.cat([ids[:, 1:], torch.full_like(ids[:, -1:], IGNORED)], dim=1)
+    kept = labels != following
+    if specials.eos is not None:
+        kept = kept | ((labels == specials.eos) & (ids != specials.eos))
+    return kept & ~padded
 
 
 def _count(labels: Tensor, where: Any, token: int | None) -> int:
@@ -275,8 +309,11 @@ def _empty(batches: list[Batch], specials: Specials) -> Finding | None:
         return None
     return Finding(
         f"{empty} of {rows} examples are empty: their labels hold no ordinary token",
-        "blank lines of the corpus became examples of start and end alone, or a prompt fills the whole length and its "
-        "answer was cut off: leave them out",
+        Hint(
+            "blank lines of the corpus became examples of start and end alone, or a prompt fills the whole length and "
+            "its answer was cut off: leave them out",
+            "data.empty_examples",
+        ),
         measured=empty / rows,
         allowed=EMPTY,
     )
@@ -297,10 +334,13 @@ def _end_masked(ctx: Context, batches: list[Batch], specials: Specials) -> Findi
         return None
     return Finding(
         f"every EOS is masked away: it ends {inside} texts in the inputs and is no label once",
-        "pad is eos, and labels equal to pad were set to -100: give padding a token of its own, or mask by "
-        "attention_mask"
-        if specials.pad == specials.eos
-        else "labels are -100 on special tokens: the end is what teaches a model to stop",
+        Hint(
+            "pad is eos, and labels equal to pad were set to -100: give padding a token of its own, or mask by "
+            "attention_mask"
+            if specials.pad == specials.eos
+            else "labels are -100 on special tokens: the end is what teaches a model to stop",
+            "tokenizer.pad_is_eos",
+        ),
         measured=0.0,
     )
 
@@ -324,7 +364,11 @@ def _repeated(ctx: Context, batches: list[Batch]) -> Finding | None:
     if mixed > 0.1 * rows:
         return Finding(
             f"{mixed} of {rows} examples share their targets with another input",
-            "the labels of one row were expanded over the batch, or a buffer is filled in place and handed out again",
+            Hint(
+                "the labels of one row were expanded over the batch, or a buffer is filled in place and handed out "
+                "again",
+                "data.rolled_labels",
+            ),
             measured=mixed / rows,
             allowed=0.1,
         )
@@ -354,7 +398,10 @@ def _prompt(subject: Specimen, ctx: Context, recipe: Recipe, specials: Specials)
         return None
     return Finding(
         f"a prompt is encoded with the end token behind it: {text!r} ends in {specials.eos} (EOS)",
-        "generation starts after the end of a text, so the model ends at once: encode prompts with "
-        "add_special_tokens=False (and say so: Recipe(encode_prompt=...)), or add EOS in the collator only",
+        Hint(
+            "generation starts after the end of a text, so the model ends at once: encode prompts with "
+            "add_special_tokens=False (and say so: Recipe(encode_prompt=...)), or add EOS in the collator only",
+            "generation.prompt_has_eos",
+        ),
         where="encode_prompt" if recipe.encode_prompt is not None else "the tokenizer's default",
     )

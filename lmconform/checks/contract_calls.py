@@ -48,14 +48,16 @@ def check_inputs_untouched(subject: Specimen, ctx: Context) -> None:
                 ctx.note(f"a call with {', '.join(others) or 'ids'} raised {type(error).__name__}")
             for name, snapshot in before.items():
                 if change := snapshot.change():
+                    suspects = ["inputs.mutated", "cache.mutated_in_place"]
+                    if "cache" in name:
+                        suspects.reverse()
                     ctx.fail(
                         f"the caller's {name} {change}",
                         where="train mode" if train else "",
                         hint=Hint(
                             "an in-place operation (masked_fill_, x[...] = ..., +=) on an argument of forward(): "
                             "clone it first",
-                            "inputs.mutated",
-                            "cache.mutated_in_place",
+                            *suspects,
                         ),
                     )
 
@@ -340,7 +342,12 @@ def _empty(subject: Specimen, ctx: Context) -> Attempt:
             return ""
         return f"it returned {shapes(logits)}, expected an exception or [2, 0, {subject.vocab_size}]"
 
-    return "a sequence of no tokens", lambda: subject.logits(ids), judge, "an empty prompt is padded up without a word"
+    return (
+        "a sequence of no tokens",
+        lambda: subject.logits(ids),
+        judge,
+        Hint("an empty prompt is padded up without a word", "contract.bad_input_accepted"),
+    )
 
 
 def _too_long(subject: Specimen, ctx: Context) -> Attempt | None:

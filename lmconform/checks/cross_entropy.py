@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
+from lmconform.context import Hint
+from lmconform.conventions import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lmconform.specimen import Specimen
 
-IGNORED = -100
+__all__ = ["IGNORED", "cross_entropy", "explain", "rounding", "token_losses"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, shifted: bool, ignored: int) -> Tensor:
@@ -54,47 +56,70 @@ def explain(
         candidates.append((
             straight.sum() / straight_live.sum(),
             "it equals the one without the shift",
-            "position t must be compared with label t + 1: logits[:, :-1] with labels[:, 1:]; as it stands the model "
-            "learns to copy its input",
+            Hint(
+                "position t must be compared with label t + 1: logits[:, :-1] with labels[:, 1:]; as it stands the "
+                "model learns to copy its input",
+                "loss.unshifted",
+            ),
         ))  # fmt: skip
     candidates += [
         (
             twice.sum() / twice_live.sum(),
             "it equals the one with one shift too many",
-            "labels are shifted by the caller and again in the model (or twice in the model): shift once",
+            Hint(
+                "labels are shifted by the caller and again in the model (or twice in the model): shift once",
+                "loss.double_shift",
+            ),
         ),
         (
             back.sum() / back_live.sum(),
             "it equals the one shifted the wrong way",
-            "position t is compared with label t - 1, which it has seen: logits[:, :-1] with labels[:, 1:]",
+            Hint(
+                "position t is compared with label t - 1, which it has seen: logits[:, :-1] with labels[:, 1:]",
+                "loss.unshifted",
+            ),
         ),
         (
             lost.sum() / live.numel(),
             "it equals the sum divided by all positions, ignored ones too",
-            f"divide by the number of labels that are not {ignored}: a mean over [batch, time] dilutes short rows",
+            Hint(
+                f"divide by the number of labels that are not {ignored}: a mean over [batch, time] dilutes short rows",
+                "loss.normalisation",
+            ),
         ),
         (
             lost.sum() / labels.numel(),
             "it equals the sum divided by batch * time",
-            f"divide by the number of labels that are not {ignored}, after the shift",
+            Hint(f"divide by the number of labels that are not {ignored}, after the shift", "loss.normalisation"),
         ),
         (
             rows[live.any(-1)].mean(),
             "it equals the mean of the rows' means",
-            "every label counts the same: sum over all rows first, then divide by the number of labels",
+            Hint(
+                "every label counts the same: sum over all rows first, then divide by the number of labels",
+                "loss.normalisation",
+            ),
         ),
         (
             token_losses(logits, labels.clamp(min=0), ignored)[0].mean()
             if not shifted
             else token_losses(logits[:, :-1], labels[:, 1:].clamp(min=0), ignored)[0].mean(),
             f"it equals the one that takes {ignored} for token 0",
-            f"labels {ignored} belong neither in the sum nor in the count; clamping them to 0 is only for the gather",
+            Hint(
+                f"labels {ignored} belong neither in the sum nor in the count; clamping them to 0 is only for the "
+                "gather",
+                "loss.ignore_index",
+            ),
         ),
-        (lost.sum(), "it equals the sum over the labels", "divide by the number of labels that count"),
+        (
+            lost.sum(),
+            "it equals the sum over the labels",
+            Hint("divide by the number of labels that count", "loss.normalisation"),
+        ),
         (
             (lost.sum() / live.sum()) / 0.6931471805599453,
             "it equals the cross-entropy in bits",
-            "a logarithm to base 2; optimizers and thresholds expect nats",
+            Hint("a logarithm to base 2; optimizers and thresholds expect nats", "loss.normalisation"),
         ),
     ]
     for name, token in structure.special_ids(subject.module).items():
@@ -102,14 +127,23 @@ def explain(
         candidates.append((
             (lost * kept).sum() / kept.sum(),
             f"it equals the one without labels {token} ({name})",
-            f"{IGNORED} marks what does not count, not {name}: where pad and eos are one token the model never learns "
-            "to stop",
+            Hint(
+                f"{IGNORED} marks what does not count, not {name}: where pad and eos are one token the model never "
+                "learns to stop",
+                "loss.ignore_index",
+                "tokenizer.pad_is_eos",
+            ),
         ))  # fmt: skip
     for candidate, what, hint in candidates:
         if abs(float(candidate) - value) <= within:
             return hint, f": {what}"
     return (
-        "compare forward()'s loss with F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()): look "
-        f"for label smoothing, a scaled or a second loss term, or labels {ignored} that count",
+        Hint(
+            "compare forward()'s loss with F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()): "
+            f"look for label smoothing, a scaled or a second loss term, or labels {ignored} that count",
+            "loss.normalisation",
+            "loss.smoothing_wrong",
+            "loss.ignore_index",
+        ),
         "",
     )

@@ -146,9 +146,11 @@ def _blame(
         )
     else:
         message = f"gradients of two ranks differ from one process's under {how}"
+        scaled = float((got_ - length * expected).norm()) < 0.01 * length * float(expected.norm())
         hint = Hint(
             "a parameter is left out of the reduction (_ddp_params_and_buffers_to_ignore, made after wrapping, used "
             "outside forward), the loss is scaled by the world size, or statistics of the batch enter the model",
+            *(("distributed.rank_accumulation",) if scaled else ()),
             "distributed.replicas_diverge",
         )
     ctx.fail(

@@ -196,7 +196,7 @@ def judge_groups(ctx: Context, found: list[tuple[float, float, str, str]]) -> No
             where=f"{group}: {figures}{context}",
             hint=Hint("at or just after the last wrong part, a piece of the forward pass is hidden from autograd or "
             "replaced in it: detach(), .data, no_grad(), a straight-through rounding, a hand-written backward(), a "
-            "hook that scales gradients", "grad.wrong"),
+            "hook that scales gradients", "grad.wrong", "grad.dead_parameter"),
         )  # fmt: skip
 
 

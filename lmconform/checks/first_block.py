@@ -6,6 +6,7 @@ on one block alone only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,16 @@ def _find(subject: Specimen) -> list[nn.Module] | str:
         and len({type(child) for child in part}) == 1
     ]  # fmt: skip
     called: list[list[int]] = [[] for _ in candidates]
+
+    def kept(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, index: int) -> None:
+        """A block gives back what is as wide as what it was given; one head of an attention does not."""
+        found = _hidden(args, kwargs)
+        first = output[0] if isinstance(output, tuple | list) and output else output
+        if found is None or getattr(first, "shape", found[1].shape) == found[1].shape:
+            called[index].append(id(module))
+
     hooks = [
-        block.register_forward_pre_hook(lambda module, args, i=index: called[i].append(id(module)))
+        block.register_forward_hook(functools.partial(kept, index=index), with_kwargs=True)
         for index, stack in enumerate(candidates)
         for block in stack
     ]
@@ -93,7 +102,8 @@ def _hidden_first(item: tuple[str, Any]) -> bool:
 def block_input(subject: Specimen, input_ids: Tensor, **inputs: Any) -> Tensor | None:
     """What the first block receives for these ids, [batch, time, width]; nothing after it is computed.
 
-    None where no blocks are found or their input cannot be told.
+    Blocks may take [time, batch, width]. None where no blocks are found or their input cannot be told; with as many
+    rows as tokens it cannot.
     """
     stack = blocks(subject)
     if isinstance(stack, str):
@@ -113,9 +123,12 @@ def block_input(subject: Specimen, input_ids: Tensor, **inputs: Any) -> Tensor |
         pass
     finally:
         hook.remove()
-    if not caught or caught[0].shape[:2] != input_ids.shape:
+    batch, time = input_ids.shape
+    if not caught:
         return None
-    return caught[0]
+    if caught[0].shape[:2] == (time, batch) and (batch != time or batch == 1):  # sequence first
+        return caught[0].transpose(0, 1)
+    return caught[0] if caught[0].shape[:2] == (batch, time) and batch != time else None
 
 
 def constant_inputs(subject: Specimen, time: int) -> Tensor | None:

@@ -8,6 +8,7 @@ from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.measuring.encoding import Encoder
 from lmconform.measuring.generating import Generator, pad_for
 from lmconform.registry import register_check
 
@@ -90,6 +91,7 @@ def check_batch(subject: Specimen, ctx: Context) -> None:
         hint = Hint(
             "in every step of generate(): the attention_mask must reach forward() and grow by one, and position_ids "
             "must not count padding (attention_mask.cumsum(-1) - 1)",
+            "generation.inputs_differ",
             "mask.padding_ignored",
             "position.ignores_mask",
             "generation.mask_hidden",
@@ -124,11 +126,20 @@ def check_non_empty(subject: Specimen, ctx: Context) -> None:
         logits = subject.logits(ids)[:, -1]
         share = float(logits.softmax(-1)[:, ends].sum(-1).mean()) if ends else 0.0
         if not any(tokens):
-            cause = "the end-of-text token outweighs all others after an ordinary prompt"
+            cause = Hint(
+                "the end-of-text token outweighs all others after an ordinary prompt", "generation.eos_dominates"
+            )
             if ids[0, -1].item() in ends:
-                cause = "the tokenizer ends the prompt with the end-of-text token: encode with add_special_tokens=False"
+                cause = Hint(
+                    "the tokenizer ends the prompt with the end-of-text token: encode with add_special_tokens=False",
+                    "generation.prompt_has_eos",
+                )
             elif share < 0.5:
-                cause = "forward() gives other tokens a chance, generate() does not: look at its processors and stops"
+                cause = Hint(
+                    "forward() gives other tokens a chance, generate() does not: look at its processors and stops",
+                    "generation.stop_ignored",
+                    "generation.control_wrong",
+                )
             ctx.fail(
                 f"generate() added nothing to any of {len(ids)} ordinary prompts: the first new token is always "
                 f"end-of-text, which forward() gives probability {share:.3g} on average",
@@ -281,7 +292,7 @@ def check_no_mask(subject: Specimen, ctx: Context) -> None:
             mask[0, : case.pads] = 0
         extra: dict[str, Any] = {"pad_token_id": pad} if generator.offers("pad_token_id") else {}
         try:
-            spelt_out = generator.greedy(ids, new, mask=mask, **extra)
+            spelt_out, chosen_from = generator.greedy_with_logits(ids, new, mask=mask, **extra)
         except (TypeError, ValueError) as error:
             if subject.can("mask"):
                 raise
@@ -293,7 +304,7 @@ def check_no_mask(subject: Specimen, ctx: Context) -> None:
             "generation.mask_hidden",
         )
         try:
-            left_out = generator.greedy(ids, new, **extra)
+            left_out, others = generator.greedy_with_logits(ids, new, **extra)
         except Exception as error:
             ctx.fail(
                 f"generate() without an attention_mask raises {type(error).__name__}: {first_line(error)}", hint=hint
@@ -302,6 +313,16 @@ def check_no_mask(subject: Specimen, ctx: Context) -> None:
         _expect_same(
             subject, ctx, ids, mask, left_out, spelt_out,
             f"generate() on {what} gives other tokens without attention_mask than with it", hint,
+        )  # fmt: skip
+        if chosen_from is None or others is None:
+            continue
+        # a tie may part the tokens: up to there both have read the same, and what they chose from is compared
+        parted = (left_out != spelt_out).any(0).nonzero().flatten().tolist()
+        steps = min([*parted, new - 1]) + 1
+        ctx.equal(
+            others[:, :steps], chosen_from[:, :steps],
+            f"generate() on {what} chooses from other logits without attention_mask than with it",
+            hint=hint, axes=("row", "step", "token"),
         )  # fmt: skip
 
 
@@ -435,7 +456,7 @@ def _stop_strings(subject: Specimen, ctx: Context, generator: Generator, ids: Te
         return False
     text = tokenizer.decode(free[0, : at + 1])
     wanted = tokenizer.decode(free[0, at : at + 1]).strip()
-    if not wanted or wanted not in text:
+    if not wanted or wanted not in text or "\ufffd" in wanted:  # half a character of a byte-level tokenizer
         return False
     made = generator.greedy(ids, free.shape[1], stop_strings=[wanted], tokenizer=tokenizer)
     reached = next(i + 1 for i in range(free.shape[1]) if wanted in tokenizer.decode(free[0, : i + 1]))
@@ -455,11 +476,14 @@ def _prompts(subject: Specimen, ctx: Context, rows: int, time: int) -> Tensor:
     """The same ordinary text `rows` times where there is a tokenizer, else random ordinary tokens."""
     import torch
 
-    if subject.tokenizer is None:
+    encoder = None if subject.tokenizer is None else Encoder(subject.tokenizer)
+    if encoder is None or not encoder.can_encode:
         return ctx.ids(rows, time)
-    encoded = subject.tokenizer("Once upon a time there was a little")
-    tokens = encoded["input_ids"] if hasattr(encoded, "keys") else encoded
-    return torch.tensor([list(tokens)] * rows, device=subject.device)
+    tokens = encoder.encode("Once upon a time there was a little")
+    if not tokens:
+        ctx.note("the tokenizer makes nothing of an ordinary text: random tokens were the prompt")
+        return ctx.ids(rows, time)
+    return torch.tensor([tokens] * rows, device=subject.device)
 
 
 def _end_tokens(subject: Specimen) -> list[int]:

@@ -334,21 +334,31 @@ def judge_suspects(
         if change > bound:
             findings.append((
                 0, order, f"{what} no gradient, although moving the values moves the logits", place,
-                "autograd is cut on the way: detach(), .data, no_grad(), argmax or rounding between this parameter "
-                "and the logits",
+                Hint(
+                    "autograd is cut on the way: detach(), .data, no_grad(), argmax or rounding between this parameter "
+                    "and the logits",
+                    "grad.dead_parameter",
+                ),
             ))  # fmt: skip
         elif grads[name] is None:
             findings.append((
                 1, order, f"{name} gets no gradient: forward() never uses it", place,
-                "a layer that was built and is not called, or whose result is not used; remove it, call it, or state "
-                "that it is unused with requires_grad_(False)",
+                Hint(
+                    "a layer that was built and is not called, or whose result is not used; remove it, call it, or "
+                    "state that it is unused with requires_grad_(False)",
+                    "grad.dead_parameter",
+                ),
             ))  # fmt: skip
         elif parameter.dim() <= 1 and name.rpartition(".")[2].endswith("bias"):
             excused["invariant"].append(name)
         else:
             findings.append((
                 2, order, f"{what} no gradient, and moving the values moves no logit: a dead parameter", place,
-                "its branch is multiplied by 0, gated off, masked out or overwritten further on",
+                Hint(
+                    "its branch is multiplied by 0, gated off, masked out or overwritten further on",
+                    "grad.dead_parameter",
+                    "attention.gated_off",
+                ),
             ))  # fmt: skip
     if findings:
         findings.sort()
@@ -382,7 +392,10 @@ def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[s
             ctx.fail(
                 f"{name} loses its gradient when other parameters are frozen",
                 where=name,
-                hint="a custom backward() or a checkpointed block returns nothing where one of its inputs is frozen",
+                hint=Hint(
+                    "a custom backward() or a checkpointed block returns nothing where one of its inputs is frozen",
+                    "grad.wrong",
+                ),
             )
         if grad is not None and old is not None:
             ctx.within(
@@ -390,5 +403,5 @@ def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[s
                 tolerance.FACTOR * tolerance.epsilon(quiet.dtype) * top,
                 "the gradient changes when other parameters are frozen",
                 where=name,
-                hint="a custom backward() mixes up its inputs where one of them needs no gradient",
+                hint=Hint("a custom backward() mixes up its inputs where one of them needs no gradient", "grad.wrong"),
             )

@@ -191,12 +191,24 @@ def check_blocks_differ(ctx: Context, first: Specimen, others: dict[str, Tensor]
                 ctx.fail(
                     "two layers start with the same random matrix",
                     where=f"{place} and {full}",
-                    hint=Hint(
-                        "a block copied with copy.deepcopy(), or a generator seeded again for each layer: equal "
-                        "layers get equal gradients and stay alike for long",
-                        "init.shared_layers",
-                    ),
+                    hint=Hint(_why_alike(block), "init.shared_layers"),
                 )
+
+
+def _why_alike(block: nn.Module) -> str:
+    from torch import nn
+
+    if isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        kind = type(block).__name__.removesuffix("Layer")
+        return (
+            f"nn.{kind} copies one layer with copy.deepcopy(), its random weights included, so that all layers start "
+            "as one: draw them anew after building it (for p in model.parameters(): if p.dim() > 1: "
+            "nn.init.xavier_uniform_(p)), as nn.Transformer does"
+        )
+    return (
+        "a block copied with copy.deepcopy(), or a generator seeded again for each layer: the layers start as one "
+        "and differ only by what depth makes of their gradients; draw each layer's weights by itself"
+    )
 
 
 # -- building ------------------------------------------------------------------------------------------------------

@@ -117,7 +117,10 @@ def check_gradient(subject: Specimen, ctx: Context) -> None:
             ctx, points, actual, expected, allowed, axes,
             f"gradient of loss * weight with respect to the {axes[-1]} differs from the reference's",
             f"{{ratio:.3g}} times as long as the reference's at weight {case.weight:g}",
-            "the loss computes its gradient by hand and forgets to multiply it by the incoming one (grad_output)"
+            Hint(
+                "the loss computes its gradient by hand and forgets to multiply it by the incoming one (grad_output)",
+                "grad.wrong",
+            )
             if case.weight != 1
             else "part of the logits is detached, an ignored label has a gradient, or the sum is divided by another "
             "count than the number of labels; loss.reference tells the last two apart",
@@ -175,7 +178,10 @@ def check_accumulation(subject: Specimen, ctx: Context) -> None:
             ctx, points, actual, expected, allowed, axes,
             "gradients of micro-batches that are given num_items_in_batch do not add up to those of one batch",
             "their sum is {ratio:.3g} times as long",
-            "with num_items_in_batch the loss is the sum over labels divided by it, not the micro-batch's own mean",
+            Hint(
+                "with num_items_in_batch the loss is the sum over labels divided by it, not the micro-batch's own mean",
+                "loss.accumulation_wrong",
+            ),
         )  # fmt: skip
 
 
@@ -183,38 +189,21 @@ def check_accumulation(subject: Specimen, ctx: Context) -> None:
 
 
 def ignored_label(subject: Specimen, ctx: Context) -> int:
-    """-100, or -1 where a model of nanoGPT's kind (`targets`) refuses -100 and takes -1; found out by trying.
-
-    On the CPU: elsewhere an index out of range takes the process down. Violation where no such label is taken.
-    """
-    probe = subject
-    if subject.device.type != "cpu" and not subject.convention.labels_shifted:
-        probe = subject.copy()
-        probe.module.to("cpu")
-    ids = probe.probe_ids(2, 5)
-    refused = ""
-    for candidate in (IGNORED, -1):
-        labels = ids.clone()
-        labels[0, 2:4] = candidate
-        try:
-            probe.forward(ids, labels=labels)
-        except Exception as error:
-            refused = refused or f"{type(error).__name__}: {first_line(error)}"
-            if subject.convention.labels_shifted:
-                break
-            continue
-        if candidate != IGNORED:
-            ctx.note(f"labels to be left out are {candidate}: {IGNORED} is refused ({refused})")
-        return candidate
-    ctx.fail(
-        f"labels with {IGNORED} in them are refused ({refused})",
-        hint=Hint(
-            f"{IGNORED} marks labels that do not count: cross_entropy(..., ignore_index={IGNORED}), and no gather "
-            "with the raw labels",
-            "loss.ignore_index",
-        ),
-    )
-    raise AssertionError("unreachable")
+    """-100, or -1 where the model takes that instead. Violation where neither is taken."""
+    found = subject.can("ignored_label")
+    if found.value is None:
+        ctx.fail(
+            f"labels with {IGNORED} in them are refused ({found.reason})",
+            hint=Hint(
+                f"{IGNORED} marks labels that do not count: cross_entropy(..., ignore_index={IGNORED}), and no gather "
+                "with the raw labels",
+                "loss.ignore_index",
+            ),
+        )
+        raise AssertionError("unreachable")
+    if found.value != IGNORED:
+        ctx.note(f"labels to be left out are {found.value}: {IGNORED} is refused ({found.reason})")
+    return found.value
 
 
 def draw_labels(subject: Specimen, ctx: Context, ids: Tensor, kind: str, ignored: int) -> Tensor:

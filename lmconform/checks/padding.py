@@ -138,6 +138,16 @@ def padding_hint(
             "mask.inverted",
             "mask.fast_path",
         )
+    if positioned:
+        whole = torch.arange(ids.shape[1], device=ids.device)[None] + subject.first_position
+        given = subject.logits(ids, positions=whole.expand_as(ids))
+        if float((given - subject.logits(ids)).abs().max()) > bound:
+            return Hint(
+                "position_ids that are given are not taken as the default ones are, with or without padding: see "
+                "positions.defaults",
+                "position.offset",
+                "position.ignores_mask",
+            )
     if side == "right":
         return Hint(
             "what stands under the padding plays no part, how much of it there is does: look for a division by the "
@@ -359,7 +369,11 @@ def decode(subject: Specimen, ctx: Context, ids: Tensor, mask: Tensor | None, pr
             ctx.fail(
                 f"a call on {len(ids)} rows and {end - start} new tokens {'with' if cache is not None else 'without'} "
                 f"a cache gives logits of shape {list(output.logits.shape)}",
-                hint="a state or cache without its time axis is broadcast against the rows of the batch",
+                hint=Hint(
+                    "a state or cache without its time axis is broadcast against the rows of the batch",
+                    "contract.shape_wrong",
+                    "batch.cross_row",
+                ),
             )
         parts.append(output.logits)
         cache, start = output.cache, end

@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
+from lmconform.checks import parity_readings as readings
 from lmconform.context import Hint, Unavailable
 from lmconform.measuring import traces
-from lmconform.measuring.pairing import Pair, pair_parameters
+from lmconform.measuring.pairing import Pair, pair_parameters, unclaimed
 from lmconform.registry import register_check
 from lmconform.specimen import random_ids
 
@@ -71,10 +72,17 @@ def check_logits(subject: Specimen, ctx: Context) -> None:
     ids = shared_ids(ctx, ours, theirs, 3, 40)
     mine, expected = answer(ours, ids, columns), answer(theirs, ids, columns)
     bound = tolerance.allowed(max(ours.noise, theirs.noise), expected.to(mine.dtype))
-    ctx.equal(mine, expected, "logits differ from the reference's", allowed=bound, hint=_reading(mine, expected, bound))
+    hint = Hint("")
+    if not float((mine.double() - expected.double()).abs().max()) <= bound:
+        hint = _reading(mine, expected, bound)
+        if hint.suspects != ("scale.logits",):
+            hint = _tried_out(ours, theirs, ids, mine, expected) or _added(ours, theirs, ids) or hint
+        if hint.suspects[0] == "weights.not_loaded" and _all_found(ours, theirs):
+            hint = Hint(hint, *hint.suspects[1:], "weights.not_loaded")
+    ctx.equal(mine, expected, "logits differ from the reference's", allowed=bound, hint=hint)
 
 
-def _reading(mine: Tensor, expected: Tensor, bound: float) -> str:
+def _reading(mine: Tensor, expected: Tensor, bound: float) -> Hint:
     """What the shape of the difference says, in a user's words."""
     mine, expected = mine.double(), expected.double()
     factor = float((mine * expected).sum() / expected.square().sum().clamp(min=1e-300))
@@ -83,23 +91,34 @@ def _reading(mine: Tensor, expected: Tensor, bound: float) -> str:
         and abs(factor - 1) > 0.01
         and float((mine - factor * expected).abs().max()) <= 4 * max(1.0, factor) * bound
     ):
-        return (
+        return Hint(
             f"the logits are {factor:.4g} times the reference's: a scale, temperature or soft cap before or "
-            f"after the head"
+            f"after the head",
+            "scale.logits",
         )
     off = (mine - expected).abs().amax(-1).gt(bound).any(0)
     first = int(off.int().argmax()) if bool(off.any()) else 0
     sizes = (mine - expected).abs().amax((0, 2))
     if first > 0 and float(sizes.max()) > 30 * float(sizes[:first].max()):
-        return (
+        return Hint(
             f"positions 0 to {first - 1} agree, so embedding, norms and feed-forward do: look at what mixes positions "
-            "(mask, position encoding, window, attention scale); parity.hidden names the layer"
+            "(mask, position encoding, window, attention scale); parity.hidden names the layer",
+            "position.layout",
+            "attention.heads_scrambled",
+            "attention.kv_groups",
+            "attention.unscaled",
+            "mask.missing",
         )
-    return (
-        "the first position differs already, where attention sees one token: look at the embedding, the "
-        "position of the "
-        "first token, norms (eps), the activation, and untransferred weights; parity.hidden names the layer, "
-        "parity.transfer the weight"
+    return Hint(
+        "the first position differs already, where attention sees one token: look at the embedding, the position of "
+        "the first token, norms (eps), the activation, and untransferred weights; parity.hidden names the layer, "
+        "parity.transfer the weight",
+        "weights.not_loaded",
+        "weights.sliced_wrong",
+        "norm.epsilon",
+        "activation.differs",
+        "position.offset",
+        "scale.hidden",
     )
 
 
@@ -132,18 +151,31 @@ def check_hidden(subject: Specimen, ctx: Context) -> None:
                 "scale.hidden",
                 "weights.not_loaded",
                 "position.offset",
+                "position.base_kept",
             )
         else:
             message = f"hidden states first differ from the reference's after block {index - 1}, and not before it"
-            hint = "inside this block: norms (eps), activation, attention scale, mask, position encoding, its weights"
+            hint = Hint(
+                "inside this block: norms (eps), activation, attention scale, mask, position encoding, its weights",
+                "weights.not_loaded",
+                "norm.epsilon",
+                "activation.differs",
+            )
         bound = tolerance.allowed(noises[index], expected.states[index].to(mine.states[index].dtype))
         difference = float((mine.states[index].cpu().double() - expected.states[index].cpu().double()).abs().max())
+        if not difference <= bound and index == 0:
+            added = mine.states[0].cpu(), expected.states[0].cpu()
+            hint = readings.added_by_position(ours, theirs, *added) or hint
         if not difference <= bound and index > 0:
             entering = (mine.states[index - 1].cpu().double() - expected.states[index - 1].cpu().double()).abs().max()
             slack = 8 * float(entering / expected.states[index - 1].abs().max()) + tolerance.FACTOR * tolerance.epsilon(
                 mine.states[index].dtype
             )
-            hint = _first_module(ours, theirs, ids, mine.names[index], expected.names[index], slack) or hint
+            hint = (
+                _tried_out(ours, theirs, ids, mine.logits[..., :columns], expected.logits[..., :columns])
+                or _first_module(ours, theirs, ids, mine.names[index], expected.names[index], slack)
+                or hint
+            )
         ctx.equal(
             mine.states[index].cpu(),
             expected.states[index].cpu(),
@@ -168,6 +200,38 @@ def check_hidden(subject: Specimen, ctx: Context) -> None:
     )
 
 
+def _tried_out(ours: Specimen, theirs: Specimen, ids: Tensor, mine: Tensor, expected: Tensor) -> Hint | None:
+    """What makes the logits equal: rotary positions applied twice, scales of its own, a fused projection's order."""
+    bound = tolerance.allowed(max(ours.noise, theirs.noise), expected.to(mine.dtype))
+    columns = mine.shape[-1]
+    copied = ours.copy()
+
+    def differs() -> float:
+        return float((answer(copied, ids, columns).double() - expected.cpu().double()).abs().max())
+
+    return (
+        readings.turned_twice(theirs, mine.cpu(), ids, columns, bound)
+        or readings.own_scale(copied, theirs, differs, bound)
+        or readings.fused_otherwise(copied, theirs, differs, bound)
+    )
+
+
+def _added(ours: Specimen, theirs: Specimen, ids: Tensor) -> Hint | None:
+    """What differs before the first block, where it depends on the position alone."""
+    mine, expected = traces.stream(ours, ids), traces.stream(theirs, ids.to(theirs.device))
+    if mine is None or expected is None or mine.states[0].shape != expected.states[0].shape:
+        return None
+    left, right = mine.states[0].cpu(), expected.states[0].cpu()
+    if float((left.double() - right.double()).abs().max()) <= readings.SAME * float(right.abs().max()):
+        return None
+    return readings.added_by_position(ours, theirs, left, right)
+
+
+def _all_found(ours: Specimen, theirs: Specimen) -> bool:
+    """Whether every weight of the reference stands in the model, in whatever place and layout."""
+    return all(pair.found == 1.0 and pair.equal for pair in pair_parameters(ours.module, theirs.module))
+
+
 def _streams(ctx: Context, ours: Specimen, theirs: Specimen, ids: Tensor) -> tuple[traces.Stream, traces.Stream]:
     mine, expected = traces.stream(ours, ids), traces.stream(theirs, ids.to(theirs.device))
     for what, trace in (("subject", mine), ("reference", expected)):
@@ -179,7 +243,7 @@ def _streams(ctx: Context, ours: Specimen, theirs: Specimen, ids: Tensor) -> tup
         ctx.fail(
             f"the model has {len(mine.states) - 1} blocks, the reference {len(expected.states) - 1}",
             where=f"{mine.names[-1]} (reference: {expected.names[-1]})",
-            hint="the config was not carried over, or a block was left out or added",
+            hint=Hint("the config was not carried over, or a block was left out or added", "weights.not_loaded"),
         )
     if mine.states[0].shape[-1] != expected.states[0].shape[-1]:
         ctx.fail(
@@ -215,7 +279,11 @@ def other_rounding(specimen: Specimen) -> Specimen:
 
 
 def _first_module(ours: Specimen, theirs: Specimen, ids: Tensor, block: str, other: str, slack: float) -> str:
-    """Which module inside the block first gives something that is found nowhere in the reference's block."""
+    """Which module inside the block first gives something that is found nowhere in the reference's block.
+
+    What the reference never computes by itself, one head's share of the output, is no fault: a module is cleared where
+    one behind it, which depends on it, agrees again.
+    """
     mine = [call for call in traces.calls(ours, ids) if call.name.startswith(block + ".")]
     given = [call for call in traces.calls(theirs, ids.to(theirs.device)) if call.name.startswith(other + ".")]
     known = [call.output for call in given] + [call.input for call in given if call.input is not None]
@@ -223,20 +291,61 @@ def _first_module(ours: Specimen, theirs: Specimen, ids: Tensor, block: str, oth
     def found(value: Tensor | None) -> bool | None:
         return None if value is None else any(_holds(whole, value, slack) for whole in known)
 
-    for call in mine:
-        if found(call.output):
+    agrees = [found(call.output) for call in mine]
+    for place, call in enumerate(mine):
+        if agrees[place]:
             continue
-        if found(call.input) is False:
-            return (
-                f"what goes into {call.name} is found nowhere in {other}, and every module before it agrees: "
-                "look at the "
-                "code between the last module that agrees and this one (activation, attention scores, mask, positions)"
+        behind = {later.name for later, same in zip(mine[place + 1 :], agrees[place + 1 :]) if same}
+        if behind and _moved_by(ours, ids, call.name, behind, mine):
+            continue
+        if call.input is not None and found(call.input) is False:
+            if call.input.dim() == 3 and any(_holds(v[:, :1], call.input[:, :1], slack) for v in known if v.dim() == 3):
+                return Hint(
+                    f"what goes into {call.name} is found nowhere in {other}, except at position 0, where attention "
+                    "sees one token; every module before it agrees: look at the attention scores (position encoding, "
+                    "its share of each head, scale) and the mask",
+                    "position.layout",
+                    "position.base_kept",
+                    "attention.unscaled",
+                    "mask.window",
+                )
+            return Hint(
+                f"what goes into {call.name} is found nowhere in {other}, and every module before it agrees: look at "
+                "the code between the last module that agrees and this one (activation, attention scores, mask, "
+                "positions)",
+                "activation.differs",
+                "position.layout",
+                "attention.kv_groups",
+                "attention.heads_scrambled",
+                "attention.unscaled",
             )
-        return (
+        matrices = [n for n, p in ours.module.get_submodule(call.name).named_parameters() if p.dim() > 1]
+        lost = set(unclaimed(ours.module, pair_parameters(ours.module, theirs.module)))
+        there = not any(f"{call.name}.{matrix}" in lost for matrix in matrices)
+        weights = ("weights.sliced_wrong", "weights.not_loaded") if there else ("weights.not_loaded",)
+        return Hint(
             f"{call.name} takes an input that the reference has too and gives an output that is found nowhere in "
-            f"{other}: its weights or its settings (eps, bias, activation)"
+            f"{other}: its weights or its settings (eps, bias, activation)",
+            *(weights if matrices else ("norm.epsilon", "weights.not_loaded")),
         )
     return ""
+
+
+def _moved_by(ours: Specimen, ids: Tensor, name: str, behind: set[str], before: list[traces.Call]) -> bool:
+    """Whether any of the modules `behind` gives something else once the output of module `name` is changed."""
+    import torch
+
+    def change(module: object, args: object, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(first, torch.Tensor):
+            return output
+        noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first)
+        moved = first + 0.1 * first.abs().max() * noise
+        return type(output)((moved, *output[1:])) if isinstance(output, tuple | list) else moved
+
+    with traces.hooked(ours.module.get_submodule(name).register_forward_hook(change)):
+        after = {call.name: call.output for call in traces.calls(ours, ids)}
+    return any(call.name in behind and not torch.equal(call.output, after[call.name]) for call in before)
 
 
 def _holds(whole: Tensor, value: Tensor, slack: float) -> bool:
@@ -277,18 +386,38 @@ def check_scale(subject: Specimen, ctx: Context) -> None:
     places = [*mine.names, "logits"]
     for index, (ratio, place) in enumerate(zip([*ratios, spread], places)):
         before = ratios[index - 1] if index else 1.0
+        measured = abs(math.log(ratio)) if ratio > 0 else math.inf
+        states = [*zip(mine.states, expected.states), (mine.logits[..., :columns], expected.logits[..., :columns])]
         ctx.within(
-            abs(math.log(ratio)) if ratio > 0 else math.inf,
+            measured,
             math.log(BAND),
             f"{place} is {ratio:.4g} times the reference's in size (before it: {before:.4g} times)",
             where=place,
-            hint=Hint(
-                "a scale factor is missing or applied twice (embedding times sqrt(width), residual scaling, "
-                "soft cap), or "
-                "the weights of this layer were not transferred; mend that, do not rescale the hidden states",
-                "scale.hidden",
-            ),
+            hint=_sized(ours, theirs, ids, *states[index], *states[-1]) if measured > math.log(BAND) else "",
         )
+
+
+def _sized(
+    ours: Specimen, theirs: Specimen, ids: Tensor, state: Tensor, other: Tensor, logits: Tensor, expected: Tensor
+) -> Hint:
+    """Whether another size is the fault, a multiple of what the reference has, or follows from another fault."""
+    left, right = state.cpu().double(), other.cpu().double()
+    factor = float((left * right).sum() / right.square().sum().clamp(min=1e-300))
+    if float((left - factor * right).abs().max()) <= 0.05 * abs(factor) * float(right.abs().max()):
+        return Hint(
+            f"it is {factor:.4g} times the reference's in every place: a scale factor is missing or applied twice "
+            "(embedding times sqrt(width), residual scaling, soft cap); mend that, do not rescale the hidden states",
+            "scale.hidden",
+        )
+    found = _tried_out(ours, theirs, ids, logits, expected) or _added(ours, theirs, ids)
+    if found is not None:
+        return found
+    return Hint(
+        "the size is another because the values are, in no fixed ratio: parity.hidden names the first module, "
+        "parity.transfer weights that are not in their place; mend that, do not rescale the hidden states",
+        *(("weights.sliced_wrong",) if _all_found(ours, theirs) else ("weights.not_loaded", "weights.sliced_wrong")),
+        "scale.hidden",
+    )
 
 
 def _rms(state: Tensor) -> float:

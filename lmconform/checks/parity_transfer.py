@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from lmconform import tolerance
+from lmconform.checks import parity_readings as readings
 from lmconform.checks.parity import answer, both, columns_of, other_rounding, shared_ids
 from lmconform.context import Hint
 from lmconform.measuring import traces
@@ -93,6 +94,7 @@ def _check_found(
 ) -> None:
     """Fail at the first weight that is not there, unless the logits agree: then it is stored in another form."""
     lost = [pair for pair in pairs if pair.found < 1.0 or not pair.equal]
+    lost = _without_constants(ctx, ours, theirs, pairs, lost)
     lost = [pair for pair in lost if pair.options or _matters(ctx, theirs, pair, ids, columns, bound)]
     if not lost:
         return
@@ -137,6 +139,33 @@ def _check_found(
             "weights.sliced_wrong",
         ),
     )
+
+
+def _without_constants(
+    ctx: Context, ours: Specimen, theirs: Specimen, pairs: list[Pair], lost: list[Pair]
+) -> list[Pair]:
+    """Matrices of one number, as a projection that starts at 0, have no rows to be found by: their shape must do."""
+    places = {name: ours.module.get_parameter(name).detach() for name in unclaimed(ours.module, pairs)}
+    rest = []
+    for pair in lost:
+        weight = theirs.module.get_parameter(pair.reference).detach()
+        place = None
+        if weight.dim() >= 2 and not pair.options and _constant(theirs, pair):
+            place = next(
+                (
+                    name
+                    for name, own in places.items()
+                    if own.shape in (weight.shape, weight.shape[::-1])
+                    and bool((own == weight.flatten()[0].to(own)).all())
+                ),
+                None,
+            )
+        if place is None:
+            rest.append(pair)
+        else:
+            del places[place]
+            ctx.note(f"{pair.reference} is one number throughout and was not told from {place}")
+    return rest
 
 
 def _constant(theirs: Specimen, pair: Pair) -> bool:
@@ -257,11 +286,24 @@ def _remedy(
         whole = len(worst.links) == 1 and bool((worst.links[0].index >= 0).all())
         what = "transposed" if whole else f"cut along the other axis of {worst.reference} (rows for columns)"
         names = ", ".join(list(kept)[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
-        return f"tried out: with {names} {what}, the logits {verdict}"
-    return (
+        return Hint(f"tried out: with {names} {what}, the logits {verdict}", "weights.sliced_wrong")
+
+    def differs() -> float:
+        return float((answer(ours, ids, columns).double() - expected).abs().max())
+
+    viewed = readings.other_view(ours, worst, differs, bound)
+    if viewed is not None:
+        return viewed
+    return Hint(
         f"the numbers are there, {len(wrong)} weights at this depth act in another way: q, k and v exchanged, heads in "
         "another order, slices along the wrong axis, rows read with an offset; or the code around them differs: "
-        "parity.hidden names the module"
+        "parity.hidden names the module",
+        "attention.heads_scrambled",
+        "weights.not_loaded",
+        "weights.sliced_wrong",
+        "position.offset",
+        "position.layout",
+        "attention.kv_groups",
     )
 
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 REQUIRES = ("contract.shape", "contract.finite", "contract.repeatable")
-ANOTHER_PATH = (
+ANOTHER_PATH = Hint(
     "the model reads that layer's weight instead of calling the layer (F.linear(x, self.q.weight), a weight fused or "
-    "cached beforehand, a kernel that is given the weights): an adapter wraps the call"
+    "cached beforehand, a kernel that is given the weights): an adapter wraps the call",
+    "peft.adapter_inert",
 )
 
 
@@ -145,8 +146,12 @@ def _survives(
     ctx.equal(
         subject._derive(loaded.eval()).logits(ids), adapted, "logits differ after saving and loading the adapter",
         where=f"{len(names)} adapted layers",
-        hint="its weights are not found under the names they were saved by: state_dict() or load_state_dict() is "
-        "overridden, or a module is named like peft's own parts (lora_A, default)",
+        hint=Hint(
+            "its weights are not found under the names they were saved by: state_dict() or load_state_dict() is "
+            "overridden, or a module is named like peft's own parts (lora_A, default)",
+            "peft.merge_differs",
+            "weights.not_saved",
+        ),
     )  # fmt: skip
 
 

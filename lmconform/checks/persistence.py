@@ -80,7 +80,7 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
 )
 def check_tied(subject: Specimen, ctx: Context) -> None:
     """Every group of parameters that share memory shares it still after each of these."""
-    groups = shared_parameters(subject.module)
+    groups = shared_parameters(_as_built(subject))
     promised = promised_tie(subject)
     if promised is not None and not any(set(promised) <= set(group) for group in groups):
         ctx.fail(
@@ -104,6 +104,7 @@ def check_tied(subject: Specimen, ctx: Context) -> None:
                 )
 
     by_parameter = "tie the Parameter (head.weight = embedding.weight), not its data, and in the constructor"
+    remain(subject.module, f"the move to {subject.device}", by_parameter)
     remain(subject.copy().module, "a deep copy", by_parameter)
     remain(subject.copy().module.double(), "a move to another dtype, .to(torch.float64)", by_parameter)
     if pretrained(subject.module):
@@ -116,6 +117,13 @@ def check_tied(subject: Specimen, ctx: Context) -> None:
         _check_resize(subject, ctx, groups, remain)
     elif subject.builder is not None:
         remain(through_state_dict(subject, ctx).module, "building anew and load_state_dict", by_parameter)
+
+
+def _as_built(subject: Specimen) -> nn.Module:
+    """The model before it was moved to the device where it is."""
+    if subject.builder is None or subject.device.type == "cpu":
+        return subject.module
+    return subject.builder(subject.seed)
 
 
 def _check_resize(subject: Specimen, ctx: Context, groups: list[list[str]], remain: Any) -> None:

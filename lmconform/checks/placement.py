@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from lmconform.context import Hint
+from lmconform.context import Hint, Violation
 from lmconform.conventions import first_line
 from lmconform.measuring.exercises import Course, Run, exercised, exercises, forward, probe, sound_here
+from lmconform.measuring.traces import Call, recorded
 from lmconform.registry import register_check
 from lmconform.specimen import Specimen
 
@@ -24,7 +27,12 @@ COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
 
 UNREGISTERED = Hint(
     "a plain attribute that holds a tensor is seen neither by .to(device) nor by state_dict(): assign it with "
-    "self.register_buffer(name, tensor, persistent=False); modules in a plain list or dict want nn.ModuleList",
+    "self.register_buffer(name, tensor, persistent=False)",
+    "device.unregistered_tensor",
+)
+UNLISTED = Hint(
+    "modules in a plain list or dict are met neither by .to(device) nor by parameters() and state_dict(): make it an "
+    "nn.ModuleList or nn.ModuleDict",
     "device.unregistered_tensor",
 )
 ON_DEFAULT = Hint(
@@ -63,7 +71,7 @@ def courses(subject: Specimen, ctx: Context) -> tuple[Course, list[Course]]:
     there = []
     for device, context, pretended in _places():
         with context:
-            copied = subject.copy()
+            copied = subject.unused()
             copied.module.to(device)
             course = exercised(copied, device, ids, tasks)
         course.pretended = pretended
@@ -166,27 +174,27 @@ def explained(error: PlacementError, place: str, device: str) -> tuple[str, str,
     text = first_line(error).partition("The tensor on ")[0].strip()
     where = f"in {place}: {text}"
     if stray is not None and stray.kind in ("attribute", "global"):
-        return f"the model is on {device}, and {stray} stays on {stray.place}{_made(origin)}", where, _left(origin)
+        made = "" if origin is None else f"; it was made by {origin.place}"
+        what = f"what is {stray}" if stray.derived else str(stray)
+        return f"the model is on {device}, and {what} stays on {stray.place}{made}", where, _left(stray, origin)
     if stray is not None and stray.kind in ("parameter", "buffer"):
         hint = HARD_CODED if origin is not None and origin.device_given and "cpu" not in stray.place else REPLACED
-        return f"the model is on {device}, and {stray} is on {stray.place}{_made(origin)}", where, hint
+        made = "" if origin is None else f"; it was made by {origin}"
+        what = f"what is {stray}" if stray.derived else str(stray)
+        return f"the model is on {device}, and {what} is on {stray.place}{made}", where, hint
+    variable = "" if stray is None else str(stray).removeprefix("computed from ")
+    known = variable and f": {variable}"
     if origin is not None and origin.device_given:
-        return f"the model is on {device}, and {_named(stray)} is put on another device by {origin}", where, HARD_CODED
+        return f"the model is on {device}, and a tensor is put elsewhere by {origin}{known}", where, HARD_CODED
     if origin is not None:
-        return f"the model is on {device}, and {_named(stray)} is made by {origin}", where, ON_DEFAULT
-    return f"the model is on {device}, and {_named(stray)} is elsewhere", where, ON_DEFAULT
+        return f"the model is on {device}, and a tensor is made by {origin}{known}", where, ON_DEFAULT
+    return f"the model is on {device}, and {variable or 'a tensor'} is elsewhere", where, ON_DEFAULT
 
 
-def _left(origin: Origin | None) -> Hint:
+def _left(stray: Stray, origin: Origin | None) -> Hint:
+    if stray.unlisted:
+        return UNLISTED
     return HARD_CODED if origin is not None and origin.device_given and origin.call == "Tensor.cuda" else UNREGISTERED
-
-
-def _made(origin: Origin | None) -> str:
-    return "" if origin is None else f"; it was made by {origin}"
-
-
-def _named(stray: Stray | None) -> str:
-    return "a tensor" if stray is None else str(stray)
 
 
 @register_check(
@@ -205,18 +213,55 @@ def check_parity(subject: Specimen, ctx: Context) -> None:
                 continue
             compared = True
             kind = "simulated " if course.pretended else ""
-            ctx.equal(
-                run.values,
-                expected,
-                f"logits on {kind}{course.device} differ from the CPU's",
-                where=task,
-                hint=BRANCHES
-                if course.pretended
-                else "a kernel of the device computes something else: look at attention implementations, in-place "
-                "operations, and reduced precision (torch.backends)",
-            )
+            try:
+                ctx.equal(
+                    run.values,
+                    expected,
+                    f"logits on {kind}{course.device} differ from the CPU's",
+                    where=task,
+                    hint=BRANCHES
+                    if course.pretended
+                    else "a kernel of the device computes something else: look at attention implementations, in-place "
+                    "operations, and reduced precision (torch.backends)",
+                )
+            except Violation as violation:
+                if first := _first_that_differs(subject, ctx, course, task, violation.allowed or 0.0):
+                    violation.where = f"{first} is the first to differ; {violation.where}"
+                raise
     if not compared:
         ctx.not_applicable("no forward could be run on a device")
+
+
+def _first_that_differs(subject: Specimen, ctx: Context, course: Course, task: str, allowed: float) -> str:
+    """The first module that is given what it is given on the CPU, and gives something else there."""
+    exercise, ids = exercises(subject)[task], probe(subject, ctx)
+
+    def followed_to(device: torch.device | str) -> list[Call]:
+        copied = subject.copy()
+        copied.module.to(device)
+        made = recorded(copied, lambda: exercise(copied, ids.to(device)))
+        inputs = [call.input.cpu() if call.input is not None else None for call in made]
+        return [Call(call.name, given, call.output.cpu()) for call, given in zip(made, inputs, strict=True)]
+
+    here = followed_to("cpu")
+    there: list[Call] = []
+    for device, context, _ in _places():
+        if str(device) == course.device:
+            with context:
+                there = followed_to(device)
+
+    def differ(ours: Tensor | None, theirs: Tensor | None) -> bool:
+        if ours is None or theirs is None:
+            return False
+        return ours.shape != theirs.shape or float((ours.double() - theirs.double()).abs().max()) > allowed
+
+    for ours, theirs in zip(here, there):
+        if ours.name != theirs.name:
+            return f"{theirs.name}, which runs instead of {ours.name},"
+        if differ(ours.output, theirs.output) and not differ(ours.input, theirs.input):
+            kind = type(subject.module.get_submodule(ours.name)).__name__
+            return f"{ours.name} ({kind})" if ours.name else kind
+    return ""
 
 
 @register_check(
@@ -284,6 +329,7 @@ def _built_there(
             return
         ctx.fail(
             f"cannot be {text}: {first_line(error)}",
+            where=raised_at(error.__cause__ or error),
             hint=Hint(
                 "the constructor mixes tensors made with and without device=, or calls .numpy() on one",
                 "device.created_on_default",
@@ -300,6 +346,13 @@ def _built_there(
             hint=Hint("its device is written into the constructor", "device.hard_coded"),
         )
     _judged(ctx, course, pretended, expected, text)
+
+
+def raised_at(error: BaseException) -> str:
+    """'placement.py:12 in __init__': the innermost line that is neither torch's nor ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/torch/" not in frame.filename and "/lmconform/" not in frame.filename]
+    return f"{os.path.basename(own[-1].filename)}:{own[-1].lineno} in {own[-1].name}" if own else ""
 
 
 def _judged(ctx: Context, course: Course, pretended: bool, expected: Tensor, how: str) -> None:

@@ -94,7 +94,8 @@ def _compiled(subject: Specimen, ctx: Context, inputs: dict[str, Tensor], backen
         torch._dynamo.reset()
     if breaks:
         listed = "; ".join(reason.partition("\n")[0] for reason in list(breaks)[:3])
-        ctx.note(f"{len(breaks)} graph breaks: {listed}{'; ...' if len(breaks) > 3 else ''}")
+        count = "1 graph break" if len(breaks) == 1 else f"{len(breaks)} graph breaks"
+        ctx.note(f"{count}: {listed}{'; ...' if len(breaks) > 3 else ''}")
 
 
 def _agree(copied: Specimen, subject: Specimen, ctx: Context, ids: Tensor, pad: bool, where: str) -> None:

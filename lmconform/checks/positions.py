@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Never
 
-from lmconform import tolerance
+from lmconform import structure, tolerance
 from lmconform.cases import Span
 from lmconform.checks.first_block import alone, blocks, constant_inputs
-from lmconform.context import Hint
+from lmconform.context import Hint, Unavailable
+from lmconform.conventions import first_line
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ SOUND = ("contract.shape", "contract.finite", "contract.repeatable")
 LONGEST = 128  # positions looked at where the context is longer
 TABLE = 2048  # rows of an absolute encoding looked at
 QUERY_STEP = 8
+DAMPED = 0.1
 PER_LAYER = ("layer_types", "layers_block_type", "block_types", "attention_layers", "attn_layers")
 SUBSET = (
     "index_topk", "indexer_budget", "index_topk_blocks", "compress_rates", "keep_window_size",
@@ -67,27 +69,25 @@ def check_order_matters(subject: Specimen, ctx: Context) -> None:
     order by itself (Haviv et al. 2022, "Transformer Language Models without Positional Encodings Still Learn
     Positional Information").
     """
-    import torch
-
     stack = _stack(subject, ctx)
     kinds = _one_of_each_kind(subject.config, len(stack))
     for case in ctx.cases():
         time = subject.longest(case.time)
         base = _unlike_neighbours(subject, ctx, time)
-        swapped = base.repeat(time - 2, 1)
-        first = torch.arange(time - 2)
-        swapped[first, first], swapped[first, first + 1] = base[0, 1:-1], base[0, :-2]
-        later = torch.arange(time)[None] > first[:, None] + 1
         for index in kinds:
-            with alone(stack, index):
-                logits = subject.logits(torch.cat([base, swapped]))
-            change = (logits[1:].double() - logits[:1].double()).abs().amax(-1).cpu().masked_fill(~later, 0).amax(-1)
-            floor = tolerance.allowed(subject.noise, logits)
+            change, floor, spread = _effect_of_swaps(subject, base, index)
             blind = (change <= floor).nonzero().flatten().tolist()
+            if blind and (wide := subject.twin()) is not None and not isinstance(blocks(wide), str):
+                # attention that looks at one token alone leaves float32 no digits for the others; float64 has them
+                finer, finer_floor, _ = _effect_of_swaps(wide, base, index)
+                blind = [pair for pair in blind if finer[pair] <= finer_floor]
+                if blind and (damped := _damped(wide)) is not None:
+                    finer, finer_floor, _ = _effect_of_swaps(damped[0], base, index)
+                    blind = [pair for pair in blind if finer[pair] <= finer_floor]
             everywhere = len(blind) == time - 2
             if not blind:
                 break
-            if floor > float(logits.double().std()):
+            if floor > spread:
                 ctx.not_applicable(f"rounding alone changes logits by up to {floor:.3g}: no change can be told from it")
             if everywhere and index != kinds[-1]:
                 ctx.note(f"block {index} sees no order; the config states other kinds of block, which may")
@@ -112,6 +112,26 @@ def check_order_matters(subject: Specimen, ctx: Context) -> None:
                     "position.collision",
                 ),
             )
+
+
+def _effect_of_swaps(subject: Specimen, base: Tensor, index: int) -> tuple[Tensor, float, float]:
+    """By how much each swap of neighbours in base [1, time] moves a later logit, with block `index` alone: [time - 2].
+
+    Beside it what rounding alone may do, and the logits' standard deviation.
+    """
+    import torch
+
+    time = base.shape[1]
+    swapped = base.repeat(time - 2, 1)
+    first = torch.arange(time - 2)
+    swapped[first, first], swapped[first, first + 1] = base[0, 1:-1], base[0, :-2]
+    later = torch.arange(time)[None] > first[:, None] + 1
+    stack = blocks(subject)
+    assert not isinstance(stack, str)
+    with alone(stack, index):
+        logits = subject.logits(torch.cat([base, swapped]))
+    change = (logits[1:].double() - logits[:1].double()).abs().amax(-1).cpu().masked_fill(~later, 0).amax(-1)
+    return change, tolerance.allowed(subject.noise, logits), float(logits.double().std())
 
 
 def _unlike_neighbours(subject: Specimen, ctx: Context, time: int) -> Tensor:
@@ -147,10 +167,10 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
         if isinstance(stated, str):
             ctx.note(f"block {index} {stated}")
             continue
-        looked = True
         short = subject.longest(40 if stated is None else min(stated + 8, LONGEST))
-        _reach_of(subject, ctx, stack, index, stated, list(range(short)), short)
-        if context > short:
+        told = _reach_of(subject, ctx, stack, index, stated, list(range(short)), short)
+        looked = looked or told
+        if told and context > short:
             _reach_of(subject, ctx, stack, index, stated, [context - 1], context)
     if not looked:
         ctx.not_applicable("; ".join(ctx.notes))
@@ -159,17 +179,22 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
 def _reach_of(
     subject: Specimen, ctx: Context, stack: list[nn.Module], index: int, window: int | None, queries: list[int],
     time: int,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
+    """Whether the block's input could be told."""
     import torch
 
-    influence = _influence(subject, ctx, stack, index, ctx.ids(1, time), queries)
+    ids = ctx.ids(1, time)
+    influence = _influence(subject, ctx, stack, index, ids, queries)
     if influence is None:
         ctx.note(f"block {index}: its input could not be told")
-        return
+        return False
     felt = influence.abs().amax(-1) > 0  # [query, position]
     query, position = torch.tensor(queries)[:, None], torch.arange(time)[None]
     past = position <= query
     inside = past if window is None else past & (position > query - window)
+    if bool((inside & ~felt).any()):
+        damped = _damped_influence(subject, ctx, index, ids, queries)
+        felt = felt if damped is None else felt | (inside & (damped.abs().amax(-1) > 0))
     for wrong, what in ((inside & ~felt, "cut"), (past & ~inside & felt, "open")):
         if not bool(wrong.any()):
             continue
@@ -202,6 +227,7 @@ def _reach_of(
                 "mask.window",
             ),
         )
+    return True
 
 
 def _stated_window(subject: Specimen, index: int, layers: int) -> int | str | None:
@@ -236,17 +262,42 @@ def _influence(
     """
     import torch
 
-    rows = torch.arange(len(queries))
+    rows, time = torch.arange(len(queries)), ids.shape[1]
+    asked = len(queries) + (len(queries) == time)  # unlike time, so that [batch, time] and [time, batch] can be told
     with alone(stack, index) as inputs:
-        logits = subject.logits(ids.expand(len(queries), -1).contiguous(), grad=True)
-    if len(inputs) != 1 or inputs[0].shape[:2] != (len(queries), ids.shape[1]):
+        logits = subject.logits(ids.expand(asked, -1).contiguous(), grad=True)
+    if len(inputs) != 1 or inputs[0].shape[:2] not in ((asked, time), (time, asked)):
         return None
     mix = torch.randn(logits.shape[-1], generator=ctx.generator(index)).to(logits)
     total = (logits[rows, list(queries)] @ mix).sum()
     if not total.requires_grad:
         return None
     (gradient,) = torch.autograd.grad(total, inputs, allow_unused=True)
-    return None if gradient is None else gradient.detach().flatten(2).double().cpu()
+    if gradient is None:
+        return None
+    if gradient.shape[0] == time:  # blocks that take the sequence first
+        gradient = gradient.transpose(0, 1)
+    return gradient[: len(queries)].detach().flatten(2).double().cpu()
+
+
+def _damped(subject: Specimen) -> tuple[Specimen, list[nn.Module]] | None:
+    """A copy with small weights, and its blocks: scores near 0, so that no softmax gives a token exactly nothing.
+
+    What a mask hides stays hidden. None where there is no room for a copy.
+    """
+    try:
+        copied = subject.scaled(DAMPED)
+        stack = blocks(copied)
+    except Unavailable:
+        return None
+    return None if isinstance(stack, str) else (copied, stack)
+
+
+def _damped_influence(
+    subject: Specimen, ctx: Context, index: int, ids: Tensor, queries: Sequence[int]
+) -> Tensor | None:
+    damped = _damped(subject)
+    return None if damped is None else _influence(damped[0], ctx, damped[1], index, ids, queries)
 
 
 @register_check(
@@ -269,8 +320,7 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
         leave(ctx, "what the first block receives cannot be told")
     if _spread(received) > 1e-5:
         if length > received.shape[0]:
-            received = constant_inputs(subject, length)
-            assert received is not None
+            received, length = _taken(subject, ctx, received, length)
         alike = _alike(received[None].double(), torch.zeros(1, dtype=torch.long) + length)
         if alike:
             _fail_alike(ctx, alike, "what the first block receives is the same")
@@ -292,6 +342,8 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
             reasons.append(f"the input of block {index} takes no gradient")
             continue
         alike = _alike(influence, torch.tensor(queries))
+        if alike and (influence := _damped_influence(subject, ctx, index, ids, queries)) is not None:
+            alike = [pair for pair in _alike(influence, torch.tensor(queries)) if pair in set(alike)]
         if not alike:
             return
         if len(alike) < length * (length - 1) // 3:
@@ -302,6 +354,28 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
     if blind:
         reasons.append("blocks of another kind see no positions at all, and rely on these")
     ctx.not_applicable("; ".join(reasons))
+
+
+def _taken(subject: Specimen, ctx: Context, received: Tensor, wanted: int) -> tuple[Tensor, int]:
+    """What the first block receives for as many tokens as are taken, up to `wanted`; and how many that is.
+
+    `received` is for fewer. Where a context is stated, all of it must be taken.
+    """
+    taken, refused, stated = received.shape[0], wanted + 1, structure.context_length(subject.module)
+    while refused - taken > 1:
+        time = wanted if refused > wanted else (taken + refused) // 2
+        try:
+            longer = constant_inputs(subject, time)
+        except Exception as error:
+            if stated is not None or isinstance(error, MemoryError) or "allocate memory" in str(error):
+                raise
+            refused, reason = time, f"{type(error).__name__}: {first_line(error)}"
+            continue
+        assert longer is not None
+        received, taken = longer, time
+    if taken < wanted:
+        ctx.note(f"no context length is stated; {taken} tokens are looked at, since {refused} raise {reason}")
+    return received, taken
 
 
 def _spread(rows: Tensor) -> float:

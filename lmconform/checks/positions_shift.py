@@ -22,6 +22,7 @@ FAR = 4000
 DRIFT_FACTOR = 3.0  # two independent roundings differ by sqrt(2) of one; a collapsed position by tens
 BY_POSITION = (
     "attn_temperature_tuning", "log_scaling_n_floor", "llama_4_scaling_beta", "compress_rates", "index_topk_blocks",
+    "absolute_position_scores",
 )  # fmt: skip
 
 

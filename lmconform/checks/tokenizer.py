@@ -312,7 +312,9 @@ def text_of(ctx: Context, encoder: Encoder, ids: list[int], skip: bool | None = 
         ctx.fail(
             str(error),
             hint=Hint(
-                "ids that encode() gives are unknown to decode(): the two tables do not agree", "tokenizer.decode_wrong"
+                "ids that encode() gives are unknown to decode(): the two tables do not agree",
+                "tokenizer.decode_wrong",
+                "tokenizer.ids_out_of_range",
             ),
         )
         raise AssertionError("unreachable") from error

@@ -95,8 +95,12 @@ def _check_stated(subject: Specimen, ctx: Context, encoder: Encoder, specials: d
             ctx.fail(
                 text,
                 where=f"eos, {encoder.name}",
-                hint="generate() waits for a token that the model was never taught to end with: set "
-                "model.config.eos_token_id and model.generation_config.eos_token_id from the tokenizer",
+                hint=Hint(
+                    "generate() waits for a token that the model was never taught to end with: set "
+                    "model.config.eos_token_id and model.generation_config.eos_token_id from the tokenizer",
+                    "generation.stop_ignored",
+                    "tokenizer.ids_out_of_range",
+                ),
             )
         ctx.note(text)
 

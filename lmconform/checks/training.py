@@ -84,25 +84,43 @@ def _floor(ids: Tensor, reached: float, start: float) -> tuple[str, str]:
     if -NEAR / 5 < reached - pairs < NEAR:
         return (
             f": the loss stops at {pairs:.2f}, where a model must stop that sees the current token alone",
-            "attention brings nothing from earlier tokens: it is skipped, gated off, multiplied by zero, or its output "
-            "is not added to the residual stream; training.uses_context says more",
+            Hint(
+                "attention brings nothing from earlier tokens: it is skipped, gated off, multiplied by zero, or its "
+                "output is not added to the residual stream; training.uses_context says more",
+                "attention.gated_off",
+                "training.ignores_context",
+            ),
         )
     if -NEAR / 5 < reached - alone < NEAR:
         return (
             f": the loss stops at {alone:.2f}, where a model must stop that knows only how often each token comes",
-            "nothing of the input reaches the output that can be trained: layers are frozen or detached, and only the "
-            "output bias or the last norm learns; gradients.reach and training.step name the parameters",
+            Hint(
+                "nothing of the input reaches the output that can be trained: layers are frozen or detached, and only "
+                "the output bias or the last norm learns; gradients.reach and training.step name the parameters",
+                "grad.frozen",
+                "grad.dead_parameter",
+            ),
         )
     if reached > 0.9 * start:
         return (
             ": the loss hardly falls",
-            "the gradient does not reach the weights (detach(), no_grad(), everything frozen), or the logits are "
-            "bounded or scaled down so that no token can be told from the others",
+            Hint(
+                "the gradient does not reach the weights (detach(), no_grad(), everything frozen), or the logits are "
+                "bounded or scaled down so that no token can be told from the others",
+                "training.cannot_memorize",
+                "grad.frozen",
+                "grad.dead_parameter",
+            ),
         )
     return (
         "",
-        "layers are frozen or detached, logits are bounded (soft-capped too low), or hidden states are scaled so that "
-        "the weights cannot move them; gradients.reach and training.step name the parameters that stay where they are",
+        Hint(
+            "layers are frozen or detached, logits are bounded (soft-capped too low), or hidden states are scaled so "
+            "that the weights cannot move them; gradients.reach and training.step name the parameters that stay where "
+            "they are",
+            "training.cannot_memorize",
+            "grad.frozen",
+        ),
     )
 
 
@@ -234,7 +252,11 @@ def check_step(subject: Specimen, ctx: Context) -> None:
         ctx.fail(
             f"one step of {whose} changed {len(strayed)} frozen parameter{_s(strayed)} (requires_grad=False)",
             where=_list(strayed),
-            hint="frozen weights are in the optimizer and are decayed, or forward() writes to its weights",
+            hint=Hint(
+                "frozen weights are in the optimizer and are decayed, or forward() writes to its weights",
+                "state.carried_over",
+                "grad.frozen",
+            ),
         )
     if felt:
         ctx.fail(

@@ -132,7 +132,8 @@ def _patterns(subject: Specimen, ctx: Context, alphabet: list[int], period: int,
             made.clear()
             generator = ctx.generator(21, period, step)
             order = torch.stack([torch.randperm(len(alphabet), generator=generator)[:period] for _ in range(ROWS)])
-            ids = torch.tensor(alphabet)[order].repeat(1, time // period + 1)[:, :time].to(subject.device)
+            ids = torch.tensor(alphabet)[order].repeat(1, time // period + 1)[:, :time].contiguous()
+            ids = ids.to(subject.device)
             made[step] = next_token(ids)
             made[step].targets[:, : period - 1] = IGNORED
         return made[step]
@@ -167,7 +168,7 @@ def check_honest(subject: Specimen, ctx: Context) -> None:
     time = subject.longest(HONEST_TIME)
     if time < 2:
         ctx.not_applicable(f"a context of {time} tokens leaves nothing to predict")
-    labels = bool(subject.can("labels"))
+    labels = bool(subject.can("labels")) and bool(subject.can("ignored_label"))  # found out before anything is stacked
     rate = good_rate(subject, ctx)
     training = train(
         subject,
@@ -215,21 +216,26 @@ def _leak(trained: Specimen, ids: Tensor, targets: Tensor, allowed: float) -> tu
         f"right without labels {shown[False]:.1%}, in train mode {shown[True]:.1%}, from the prefix alone {prefix:.1%}"
     )
     if max(shown.values()) <= allowed:
-        return where, (
+        return where, Hint(
             "the labels themselves enter the logits: forward(labels=...) mixes them into the input (decoder inputs, "
-            "teacher forcing) without shifting them"
+            "teacher forcing) without shifting them",
+            "training.label_leak",
         )
     if prefix > allowed:
-        return where, "something that is kept between calls tells the model its answers"
+        return where, Hint("something that is kept between calls tells the model its answers", "state.carried_over")
     if shown[False] <= allowed:
-        return where, (
+        return where, Hint(
             "in train mode alone attention sees the tokens that are to be predicted: the causal mask is not applied "
-            "there (a fast path, is_causal lost); causality.train_mode shows where"
+            "there (a fast path, is_causal lost); causality.train_mode shows where",
+            "mask.train_only",
         )
-    return where, (
+    return where, Hint(
         "attention sees the tokens that are to be predicted: no causal mask, an inverted one, or one that is not "
         "applied; validation figures of such a model mean nothing, and it generates badly. "
-        "causality.no_future_leak shows where"
+        "causality.no_future_leak shows where",
+        "mask.missing",
+        "mask.off_by_one",
+        "mask.inverted",
     )
 
 

@@ -118,7 +118,10 @@ def _check_stated_decay(ctx: Context, recipe: Recipe, optimizers: list[Any], liv
             ctx.fail(
                 f"the recipe states a weight decay of {stated:g}, and {name} gets {decay:g}",
                 where=name,
-                hint="the decay is not passed on (AdamW's default is 0.01, Adam's 0), or a group overrides it",
+                hint=Hint(
+                    "the decay is not passed on (AdamW's default is 0.01, Adam's 0), or a group overrides it",
+                    "optimizer.decays_norms",
+                ),
             )
     if recipe.no_decay is None:
         return

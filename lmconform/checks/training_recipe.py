@@ -178,9 +178,16 @@ def _check_applied(ctx: Context, run: Run, rates: list[list[float]]) -> None:
     flat = [rate for row in rates for rate in row]
     if not all(math.isfinite(rate) and rate >= 0 for rate in flat):
         step = next(i for i, row in enumerate(rates) if not all(math.isfinite(rate) and rate >= 0 for rate in row))
-        ctx.fail(f"the rate is {rates[step]}", where=f"optimizer step {step}", hint="the formula leaves its range")
+        ctx.fail(
+            f"the rate is {rates[step]}",
+            where=f"optimizer step {step}",
+            hint=Hint("the formula leaves its range", "lr.not_applied"),
+        )
     if not any(flat):
-        ctx.fail("the rate is 0 in the whole run: nothing is learnt", hint="a factor in whole numbers, 1 // warmup?")
+        ctx.fail(
+            "the rate is 0 in the whole run: nothing is learnt",
+            hint=Hint("a factor in whole numbers, 1 // warmup?", "lr.not_applied"),
+        )
     now = rates[-1]
     moving = len({row[run.largest] for row in rates}) > 1
     if run.unapplied is not None:
@@ -253,8 +260,11 @@ def _explain(
         candidates.append((
             lambda step: base * form(step // each),
             "it is stepped once per epoch while its formula counts optimizer steps",
-            "call scheduler.step() after every optimizer.step(); per epoch the warm-up lasts "
-            f"{each} times as long (in this run it does not end, if it is counted in steps)",
+            Hint(
+                "call scheduler.step() after every optimizer.step(); per epoch the warm-up lasts "
+                f"{each} times as long (in this run it does not end, if it is counted in steps)",
+                "lr.schedule_per_epoch",
+            ),
         ))  # fmt: skip
     if accumulation > 1:
         slower: Callable[[float], float] = (
@@ -264,38 +274,52 @@ def _explain(
             (
                 lambda step: base * form(step * accumulation),
                 f"it runs {accumulation} times too fast: it is stepped once per micro-batch",
-                "step the scheduler where the optimizer steps, once per `accumulation` micro-batches",
+                Hint(
+                    "step the scheduler where the optimizer steps, once per `accumulation` micro-batches",
+                    "lr.not_applied",
+                ),
             ),
             (
                 lambda step: base * slower(step),
                 f"it runs {accumulation} times too slowly: its lengths count micro-batches",
-                "warm-up and total are numbers of optimizer steps: divide the number of batches by the accumulation",
+                Hint(
+                    "warm-up and total are numbers of optimizer steps: divide the number of batches by the "
+                    "accumulation",
+                    "lr.not_applied",
+                ),
             ),
         ]
     candidates += [
         (
             lambda step: base,
             "it never moves: the scheduler is not stepped, or not attached",
-            "call scheduler.step() after every optimizer.step(), on the scheduler of this optimizer",
+            Hint(
+                "call scheduler.step() after every optimizer.step(), on the scheduler of this optimizer",
+                "lr.not_applied",
+            ),
         ),
         (
             lambda step: base * base * form(step),
             "the learning rate enters twice",
-            "LambdaLR multiplies the optimizer's rate by what the function returns: return a factor, not a rate",
+            Hint(
+                "LambdaLR multiplies the optimizer's rate by what the function returns: return a factor, not a rate",
+                "lr.too_small",
+            ),
         ),
         (
             lambda step: form(step),
             "the optimizer's own rate is left out",
-            "the factor is set as the rate; multiply it by the learning rate",
+            Hint("the factor is set as the rate; multiply it by the learning rate", "lr.too_large"),
         ),
     ]
     for candidate, what, hint in candidates:
         for origin in (0, 1):
             if all(abs(candidate(step + origin) - rate) <= within for step, rate in enumerate(curve)):
                 return f": {what}", hint
-    return "", (
+    return "", Hint(
         "compare the two curves: the step at which the warm-up ends, the step at which the decay ends (optimizer "
-        "steps, not batches, not epochs), and the last value"
+        "steps, not batches, not epochs), and the last value",
+        "lr.not_applied",
     )
 
 
@@ -315,12 +339,16 @@ def _check_without_form(ctx: Context, recipe: Recipe, run: Run, curve: list[floa
                 f"stays below {peak:.1e} in the whole run (the optimizer's own rate is {base:.1e})",
                 where=f"{calls} epochs of {run.per_epoch} optimizer steps",
                 measured=peak,
-                hint=Hint("call scheduler.step() after every optimizer.step()", "lr.schedule_per_epoch")
-                + (
-                    f"; and the factor never exceeds {max(by_step) / base:.1e} even so: a Noam formula is the rate "
-                    "itself, the optimizer's own must be 1"
-                    if base < 0.1 and max(by_step) < STARVED * base
-                    else f"; the rate then reaches {max(by_step):.1e}"
+                hint=Hint(
+                    "call scheduler.step() after every optimizer.step()"
+                    + (
+                        f"; and the factor never exceeds {max(by_step) / base:.1e} even so: a Noam formula is the rate "
+                        "itself, the optimizer's own must be 1"
+                        if base < 0.1 and max(by_step) < STARVED * base
+                        else f"; the rate then reaches {max(by_step):.1e}"
+                    ),
+                    "lr.schedule_per_epoch",
+                    "lr.too_small",
                 ),
             )
         longer, own = run.again(4 * run.total, calls + 1, "step"), run.again(run.total, calls + 1, "step")
@@ -341,5 +369,8 @@ def _check_without_form(ctx: Context, recipe: Recipe, run: Run, curve: list[floa
             measured=peak,
             allowed=None,
             where=f"{steps} optimizer steps",
-            hint="LambdaLR multiplies: a function that returns a rate (Noam's is one) wants an optimizer with lr=1",
+            hint=Hint(
+                "LambdaLR multiplies: a function that returns a rate (Noam's is one) wants an optimizer with lr=1",
+                "lr.too_small",
+            ),
         )

@@ -219,6 +219,7 @@ def _batches(subject: Specimen, ctx: Context, recipe: Recipe) -> list[Batch]:
         if labels is None or not legal or int(labels.max()) < 0 or ids.shape[1] < 2:
             ctx.note("the recipe's batches cannot be used (no labels, or ids outside the vocabulary): drawn by rule")
             return drawn
+        mask = None if mask is None else mask.to(subject.device)
         made.append(Batch(ids.to(subject.device), labels.to(subject.device), mask))
     return made or drawn
 

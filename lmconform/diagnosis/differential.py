@@ -21,18 +21,26 @@ def diagnose(results: Sequence[Result], runner: Runner | None = None, *, spec: s
 
     With a runner, probes run on its subject: they tell similar causes apart and name the place.
     """
-    evidence = Evidence.of(results)
+    evidence = examine(results, runner)
     if not evidence.red:
         return []
-    places = probe(runner, evidence) if runner is not None else {}
     ranked = rank(catalogue().values(), evidence, most)
     kept = [(entry, score) for entry, score in ranked if score >= LEAST] or ranked[:1]
     spec = (runner.subject.spec or runner.subject.name) if runner is not None else spec
-    return [_cause(entry, score, evidence, places.get(entry.id, ""), spec) for entry, score in kept]
+    return [_cause(entry, score, evidence, spec) for entry, score in kept]
 
 
-def _cause(entry: CauseEntry, score: float, evidence: Evidence, where: str, spec: str) -> Cause:
+def examine(results: Sequence[Result], runner: Runner | None = None) -> Evidence:
+    """All that is known: the verdicts, and what the probes find that the red ones call for."""
+    evidence = Evidence.of(results)
+    if evidence.red and runner is not None:
+        evidence.findings = probe(runner, evidence.red)
+    return evidence
+
+
+def _cause(entry: CauseEntry, score: float, evidence: Evidence, spec: str) -> Cause:
     checks = sorted(explained(entry, evidence), key=lambda check: -(evidence.red[check].margin or 0.0))
+    places = [finding.where for finding in evidence.findings if finding.cause == entry.id and finding.where]
     return Cause(
         id=entry.id,
         score=round(score, 3),
@@ -41,7 +49,7 @@ def _cause(entry: CauseEntry, score: float, evidence: Evidence, where: str, spec
             {"check": check, "measured": evidence.red[check].measured, "allowed": evidence.red[check].allowed}
             for check in checks
         ],
-        where=where,
+        where="; ".join(dict.fromkeys(places)),
         confirm=entry.confirm.replace("{spec}", spec),
         mend=entry.mend,
     )

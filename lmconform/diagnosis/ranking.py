@@ -2,8 +2,10 @@
 
 A naive Bayes over verdicts: each cause predicts for each check how reliably it turns it red (causes.toml); red and
 green results shift the odds against a background in which any check may be red. Verdicts of one family speak of much
-the same thing, so a family's evidence counts as the square root of its size. On top, a check that measured more than
-red or green (the shape of a leak, the step at which a cache errs) names suspects, and probes add or take away.
+the same thing, so a family's evidence counts as a root of its size. On top, a check that measured more than red or
+green (the shape of a leak, the step at which a cache errs) names suspects, and probes speak for a cause or against it.
+
+The figures in `Weights` were fitted on one half of the planted faults (docs/kills.md): docs/tune_ranking.py.
 """
 
 from __future__ import annotations
@@ -14,37 +16,71 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lmconform.diagnosis.catalogue import CauseEntry
-from lmconform.results import Result, Status
+from lmconform.diagnosis.probes import Finding, Verdict
+from lmconform.results import Result, Status, of_the_process
 
 RED = (Status.failed, Status.warned, Status.error)
 GREEN = (Status.passed,)
 
-RELIABILITY = {"always": 0.96, "often": 0.65, "sometimes": 0.25}
-UNNAMED = 0.05  # a check the catalogue does not connect with the cause
-SPARED = 0.015
-BACKGROUND = 0.12  # that some other cause turns a given check red
-SUSPECT = (2.6, 1.6, 1.0)  # log-odds of a check's first, second and further suspects
-FURTHER = 0.35  # how much a second check's suspicion adds to a first one's
-TEMPERATURE = 1.6  # of the softmax that turns log-odds into scores; fitted on the tuning half of the planted faults
-NONE_OF_THEM = 0.0  # log-odds of a cause that is not in the catalogue
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each kind of evidence counts. Probabilities that a check is red; the rest are log-odds."""
+
+    always: float = 0.95  # the catalogue says that the cause turns the check red, in these words
+    often: float = 0.6
+    sometimes: float = 0.25
+    unnamed: float = 0.005  # the catalogue does not connect the check with the cause
+    spared: float = 0.004  # the catalogue says that the cause leaves it green
+    crash: float = 0.0  # of the weight of a red check that says nothing of the cause, where it is red by an exception
+    background: float = 0.12  # some other cause turns the check red
+    root: float = 0.6  # evidence of n checks of one family counts as n**root checks
+    suspects: tuple[float, float, float] = (6.0, 3.0, 2.0)  # a red check's first, second and further suspect
+    unsuspected: float = -0.6  # a red check names suspects, and this cause is none of them
+    further: float = 0.2  # what each further check's suspicion adds, as a share of the one before
+    cured: float = 8.0  # a probe undid the suspected fault, and the error was gone
+    seen: float = 4.0  # a probe measured what this cause does and others do not
+    agrees: float = 0.0
+    speaks_against: float = -3.0
+    nothing_known: float = -1.0  # a cause that is not in the catalogue
+    temperature: float = 0.85  # of the softmax that turns log-odds into scores
+
+    def probability(self, word: str) -> float:
+        return {"always": self.always, "often": self.often, "sometimes": self.sometimes}[word]
+
+    def verdict(self, verdict: Verdict) -> float:
+        known = {
+            Verdict.cured: self.cured,
+            Verdict.seen: self.seen,
+            Verdict.agrees: self.agrees,
+            Verdict.against: self.speaks_against,
+        }
+        return known.get(verdict, 0.0)
+
+
+FAULTS_AT_ONCE = 3  # so many places of the ranking are given to what the causes before leave unexplained
+WEIGHTS = Weights()
+RELIABILITY = {word: WEIGHTS.probability(word) for word in ("always", "often", "sometimes")}
 
 
 @dataclass
 class Evidence:
-    """What is known: verdicts by check id, suspects by check id, and what probes said of a cause (log-odds)."""
+    """What is known: verdicts and suspects by check id, and what probes found."""
 
     red: dict[str, Result]
     green: set[str]
     suspects: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    probed: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    findings: list[Finding] = field(default_factory=list)
 
     @classmethod
-    def of(cls, results: Sequence[Result]) -> Evidence:
+    def of(cls, results: Sequence[Result], findings: Sequence[Finding] = ()) -> Evidence:
         """The evidence in a list of results; blocked and inapplicable checks say nothing."""
+        red = {r.id: r for r in results if r.status in RED and not of_the_process(r)}
         return cls(
-            red={r.id: r for r in results if r.status in RED},
+            red=red,
             green={r.id for r in results if r.status in GREEN},
-            suspects={r.id: r.suspects for r in results if r.suspects},
+            suspects={id: r.suspects for id, r in red.items() if r.suspects},
+            findings=list(findings),
         )
 
     def without(self, explained: Iterable[str]) -> Evidence:
@@ -54,77 +90,90 @@ class Evidence:
             {id: r for id, r in self.red.items() if id not in gone},
             self.green,
             {id: names for id, names in self.suspects.items() if id not in gone},
-            self.probed,
+            self.findings,
         )
 
 
-def predicted(cause: CauseEntry, check: str) -> float:
+def predicted(cause: CauseEntry, check: str, weights: Weights = WEIGHTS) -> float:
     """How reliably the cause turns the check red."""
     if check in cause.shows:
-        return RELIABILITY[cause.shows[check]]
-    return SPARED if check in cause.spares else UNNAMED
+        return weights.probability(cause.shows[check])
+    return weights.spared if check in cause.spares else weights.unnamed
 
 
-def log_odds(cause: CauseEntry, evidence: Evidence) -> float:
-    """How much better this cause explains the verdicts than an unknown one does."""
+def log_odds(cause: CauseEntry, evidence: Evidence, weights: Weights = WEIGHTS) -> float:
+    """How much better this cause explains the evidence than an unknown one does."""
     families: dict[str, list[float]] = defaultdict(list)
     for check in evidence.red:
-        families[check.partition(".")[0]].append(math.log(predicted(cause, check) / BACKGROUND))
-    for check in evidence.green:
-        if check in cause.shows:
-            families[check.partition(".")[0]].append(math.log((1 - predicted(cause, check)) / (1 - BACKGROUND)))
-    total = sum(sum(terms) / math.sqrt(len(terms)) for terms in families.values())
-    return total + _suspicion(cause.id, evidence) + evidence.probed.get(cause.id, 0.0)
+        term = math.log(predicted(cause, check, weights) / weights.background)
+        crashed = evidence.red[check].status == Status.error and check not in cause.shows
+        families[check.partition(".")[0]].append(weights.crash * term if crashed else term)
+    for check in cause.shows:
+        if check in evidence.green:
+            spared = (1 - predicted(cause, check, weights)) / (1 - weights.background)
+            families[check.partition(".")[0]].append(math.log(spared))
+    total = sum(sum(terms) * len(terms) ** (weights.root - 1) for terms in families.values())
+    probed = sum(weights.verdict(finding.verdict) for finding in evidence.findings if finding.cause == cause.id)
+    return total + _suspicion(cause.id, evidence, weights) + probed
 
 
-def _suspicion(cause: str, evidence: Evidence) -> float:
-    votes = sorted(
-        (
-            SUSPECT[min(names.index(cause), len(SUSPECT) - 1)]
-            for check, names in evidence.suspects.items()
-            if cause in names and check in evidence.red
-        ),
-        reverse=True,
-    )
-    return sum(vote * FURTHER**place for place, vote in enumerate(votes))
+def _suspicion(cause: str, evidence: Evidence, weights: Weights) -> float:
+    votes, passed_over = [], 0
+    for names in evidence.suspects.values():
+        if cause in names:
+            votes.append(weights.suspects[min(names.index(cause), len(weights.suspects) - 1)])
+        else:
+            passed_over += 1
+    named = sum(vote * weights.further**place for place, vote in enumerate(sorted(votes, reverse=True)))
+    return named + weights.unsuspected * math.sqrt(passed_over)
 
 
 def explained(cause: CauseEntry, evidence: Evidence) -> list[str]:
     """The red checks that the cause accounts for."""
+    return [check for check in evidence.red if check in cause.shows or cause.id in evidence.suspects.get(check, ())]
+
+
+def accounted_for(cause: CauseEntry, evidence: Evidence) -> list[str]:
+    """Those that need no other cause: not those that it turns red sometimes and that suspect others alone."""
     return [
         check
-        for check in evidence.red
-        if cause.shows.get(check) is not None or cause.id in evidence.suspects.get(check, ())
+        for check in explained(cause, evidence)
+        if cause.id in evidence.suspects.get(check, (cause.id,)) or cause.shows[check] != "sometimes"
     ]
 
 
-def rank(causes: Iterable[CauseEntry], evidence: Evidence, most: int = 5) -> list[tuple[CauseEntry, float]]:
+def rank(
+    causes: Iterable[CauseEntry], evidence: Evidence, most: int = 5, weights: Weights = WEIGHTS
+) -> list[tuple[CauseEntry, float]]:
     """Causes with scores (0 to 1), likeliest first.
 
-    The first is the one that explains all verdicts best. Where it leaves red checks unexplained, the one that explains
-    the rest best comes next: two faults at once are then both named.
+    The first is the one that explains all evidence best. Where it leaves red checks unexplained, the one that explains
+    the rest best comes next, and so on: faults that are there at once are then all named.
     """
     if not evidence.red:
         return []
     entries = list(causes)
-    scores = _softmax({cause.id: log_odds(cause, evidence) for cause in entries})
+    scores = _softmax({cause.id: log_odds(cause, evidence, weights) for cause in entries}, weights)
     by_id = {cause.id: cause for cause in entries}
     order = sorted(entries, key=lambda cause: -scores[cause.id])
-    first = order[0]
-    rest = evidence.without(explained(first, evidence))
-    if rest.red:
-        others = {cause.id: log_odds(cause, rest) for cause in entries if cause is not first}
-        share = _softmax(others)
-        second = by_id[max(others, key=lambda id: others[id])]
-        if others[second.id] > 0:
-            order.remove(second)
-            order.insert(1, second)
-            scores[second.id] = max(scores[second.id], min(share[second.id], scores[first.id]))
+    rest = evidence
+    for place in range(1, FAULTS_AT_ONCE):
+        rest = rest.without(accounted_for(order[place - 1], rest))
+        if not rest.red:
+            break
+        others = {cause.id: log_odds(cause, rest, weights) for cause in order[place:]}
+        best = by_id[max(others, key=lambda id: others[id])]
+        if others[best.id] <= weights.nothing_known:
+            break
+        order.remove(best)
+        order.insert(place, best)
+        share = _softmax(others, weights)[best.id]
+        scores[best.id] = max(scores[best.id], min(share, scores[order[place - 1].id]))
     return [(cause, scores[cause.id]) for cause in order[:most]]
 
 
-def _softmax(values: Mapping[str, float]) -> dict[str, float]:
-    top = max([*values.values(), NONE_OF_THEM])
-    weights = {id: math.exp((value - top) / TEMPERATURE) for id, value in values.items()}
-    total = sum(weights.values()) + math.exp((NONE_OF_THEM - top) / TEMPERATURE)
-    return {id: weight / total for id, weight in weights.items()}
+def _softmax(values: Mapping[str, float], weights: Weights) -> dict[str, float]:
+    top = max([*values.values(), weights.nothing_known])
+    shares = {id: math.exp((value - top) / weights.temperature) for id, value in values.items()}
+    total = sum(shares.values()) + math.exp((weights.nothing_known - top) / weights.temperature)
+    return {id: share / total for id, share in shares.items()}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmconform import structure
 from lmconform.conventions import first_line
 
 if TYPE_CHECKING:
@@ -220,7 +221,8 @@ def promised_tie(subject: Specimen) -> tuple[str, str] | None:
     module: Any = subject.module
     if getattr(subject.config, "tie_word_embeddings", False) is not True or not pretrained(module):
         return None
-    table, head = module.get_input_embeddings(), module.get_output_embeddings()
+    table = structure.embedding(module, subject.vocab_size)
+    head = structure.head(module, subject.vocab_size)  # also where get_output_embeddings() gives None
     names = {id(p): n for n, p in module.named_parameters(remove_duplicate=False)}
     first, second = getattr(table, "weight", None), getattr(head, "weight", None)
     if first is None or second is None or first.shape != second.shape or first is second:

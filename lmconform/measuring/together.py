@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure
+from lmconform.capabilities import as_given
+from lmconform.conventions import IGNORED
 from lmconform.specimen import random_ids
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ ROWS = 2  # per rank
 TIME = 16
 STEPS = 3
 RATE = 1e-3
-IGNORED = -100
 
 
 def measure_ddp(subject: Specimen, found: dict[str, Any], seed: int, stage: Stage) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def measure_ddp(subject: Specimen, found: dict[str, Any], seed: int, stage: Stag
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
+    subject.can("ignored_label")  # asked before the model is wrapped, and kept
     stage("wrapping the model in DistributedDataParallel")
     places = [subject.device.index] if subject.device.type == "cuda" else None
     unused = torch.tensor(len(found["unused"]), device=subject.device)
@@ -64,6 +66,7 @@ def measure_fsdp(subject: Specimen, found: dict[str, Any], seed: int, stage: Sta
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    subject.can("ignored_label")  # asked before the model is sharded, and kept
     single = subject._derive(copy.deepcopy(subject.module))
     stage("sharding the model with fully_shard")
     mesh = init_device_mesh(subject.device.type, (dist.get_world_size(),))
@@ -224,7 +227,7 @@ def _objective(
         output = module(**ids, **{convention.labels: rows["labels"]}, num_items_in_batch=total, use_cache=False)
         return output.loss * world
     else:
-        output_ = convention.run(module, rows["ids"], labels=rows["labels"], use_cache=False)
+        output_ = convention.run(module, rows["ids"], labels=as_given(subject, rows["labels"]), use_cache=False)
         if output_.loss is None:
             raise RuntimeError("labels were given and no loss came back")
         loss = output_.loss

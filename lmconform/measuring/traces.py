@@ -45,7 +45,7 @@ def stream(subject: Specimen, ids: Tensor) -> Stream | None:
 
     def enters(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen = hidden_in((*args, *kwargs.values()), ids)
+            seen = hidden_in((*args, *kwargs.values()), ids, either_way=True)
             if seen is not None:
                 before.setdefault(index, seen)
 
@@ -53,7 +53,7 @@ def stream(subject: Specimen, ids: Tensor) -> Stream | None:
 
     def leaves(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen = hidden_in(output if isinstance(output, tuple | list) else (output,), ids)
+            seen = hidden_in(output if isinstance(output, tuple | list) else (output,), ids, either_way=True)
             if seen is not None:
                 after[index] = seen
 
@@ -94,18 +94,16 @@ def _given_stream(subject: Specimen, ids: Tensor) -> Stream | None:
     return Stream([f"hidden_states[{index}]" for index in range(len(states))], states, output.logits)
 
 
-def hidden_in(values: Any, ids: Tensor) -> Tensor | None:
-    """The first floating [batch, time, width] tensor among `values`."""
+def hidden_in(values: Any, ids: Tensor, *, either_way: bool = False) -> Tensor | None:
+    """The first floating [batch, time, width] tensor among `values`; `either_way`: or [time, batch, width], turned."""
     import torch
 
     for value in values:
-        if (
-            isinstance(value, torch.Tensor)
-            and value.dim() == 3
-            and value.shape[:2] == ids.shape
-            and value.is_floating_point()
-        ):
-            return value.detach().clone()  # some blocks add to their input in place
+        if isinstance(value, torch.Tensor) and value.dim() == 3 and value.is_floating_point():
+            if value.shape[:2] == ids.shape:
+                return value.detach().clone()  # some blocks add to their input in place
+            if either_way and value.shape[:2] == ids.shape[::-1]:
+                return value.detach().transpose(0, 1).clone()
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmconform.simulated.mode import PlacementMode
+from lmconform.simulated.mode import PlacementMode, device_constructors
 from lmconform.simulated.runtime import pretended_runtime
 from lmconform.simulated.tracking import CPU, Ledger
 
@@ -69,6 +69,7 @@ class SimulatedAccelerator:
             return
         if _active:
             raise RuntimeError(f"an accelerator of {len(_active[-1].devices)} devices is simulated already")
+        device_constructors()  # torch.device contexts within follow the set, and it may have to be mended
         with ExitStack() as stack:
             stack.enter_context(pretended_runtime(self))
             _active.append(self)
@@ -107,11 +108,35 @@ class SimulatedAccelerator:
 
 @contextmanager
 def simulated_accelerator(devices: int = 1) -> Iterator[SimulatedAccelerator]:
-    """A pretended CUDA with that many devices: `with simulated_accelerator() as accelerator: model.to("cuda")`.
+    """A pretended CUDA with that many devices, for tests on machines without a GPU.
 
-    Within, `.device` answers cuda:0 for what was moved there, and operations that mix places raise PlacementError.
-    Values are those of the CPU. Afterwards every tensor is on the CPU again, where it always was. Within another one
-    of as many devices it is that one.
+    Within, `.device` answers cuda:0 for what was moved there, torch.cuda is available, and operations that mix places
+    raise PlacementError with PyTorch's own text and the stray tensor's name. Values are those of the CPU. Afterwards
+    every tensor is on the CPU again, where it always was. Within another one of as many devices it is that one; more
+    devices than the outer one has raise RuntimeError.
+
+        import torch
+        from torch import nn
+
+        import lmconform
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embedding = nn.Embedding(10, 4)
+                self.table = torch.zeros(16, 4)
+
+            def forward(self, ids):
+                return self.embedding(ids) + self.table[: ids.shape[1]]
+
+        with lmconform.simulated_accelerator():
+            model = Model().to("cuda")
+            try:
+                model(torch.ones(1, 5, dtype=torch.int64, device="cuda"))
+            except lmconform.PlacementError as error:
+                print(error.stray)  # the attribute table of Model
+
+    Yields the SimulatedAccelerator; its `devices` are what `split_layers` and device maps spread a model over.
     """
     if _active and len(_active[-1].devices) >= devices:
         yield _active[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,18 @@ _UNMIXED = (
     "retain_grad", "share_memory_", "is_shared", "record_stream", "__reduce_ex__", "__setstate__", "__dir__",
     "has_names", "_is_view", "set_",
 )  # fmt: skip
+
+
+def device_constructors() -> Set[Any]:
+    """The functions of torch that make a tensor on the device of a `torch.device` context.
+
+    torch keeps this set from its first use on. Where that is inside transformers' from_pretrained, torch.linspace is
+    replaced at the time, and the set holds the replacement for ever; then it is made anew.
+    """
+    if torch.linspace not in _device_constructors():
+        _device_constructors.cache_clear()
+    known: Set[Any] = _device_constructors()
+    return known
 
 
 class PlacementMode(TorchFunctionMode):
@@ -82,7 +94,7 @@ class PlacementMode(TorchFunctionMode):
                 count += 1
             else:
                 kind = type(value)
-                if kind is list or kind is tuple:
+                if kind is list or isinstance(value, tuple):  # named tuples too
                     waiting.extend(value)
                 elif kind is dict:
                     waiting.extend(value.values())
@@ -102,20 +114,21 @@ class PlacementMode(TorchFunctionMode):
                         setattr(storage, key, first)
                 elif result is not None:
                     self.ledger.put_fresh(result, first)
-        elif first is None:
-            self._mark_computed_on_cpu(result, args, kwargs)
         else:
-            self.ledger.put_fresh(result, first)
+            self._mark_computed_on_cpu(result, args, kwargs)
         return result
 
     def _mark_computed_on_cpu(self, result: Any, args: tuple, kwargs: dict) -> None:
         """Remember what a tensor on the CPU was computed from, in case it strays."""
-        source = next(tensors_in([args, kwargs]), None)
-        if source is not None:
-            root = holder(source)
-            for tensor in tensors_in(result):
-                if tensor.device == CPU and holder(tensor) is not root and self.ledger.mark(tensor) is None:
-                    self.ledger.put(tensor, Mark(CPU, root=root))
+        mark: Mark | None = None
+        for tensor in tensors_in(result):
+            if self.ledger.mark(tensor) is not None or tensor.device != CPU:
+                continue
+            sources = list(tensors_in([args, kwargs]))
+            kept = holder(tensor)
+            if sources and all(holder(source) is not kept for source in sources):
+                mark = mark or self.ledger.derived(sources)
+                self.ledger.put(tensor, mark)
 
     def _compute_mixed(self, func: Any, args: tuple, kwargs: dict) -> Any:
         tensors = list(tensors_in([args, kwargs]))
@@ -153,7 +166,7 @@ class PlacementMode(TorchFunctionMode):
 
     # -- making ----------------------------------------------------------------------------------------------------
 
-    def _construct(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def construct(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """torch.zeros and its like: on device=, on the device of the context, or on the default device."""
         if kwargs.get("device") is not None:
             return self._allocate(func, args, kwargs)
@@ -181,7 +194,7 @@ class PlacementMode(TorchFunctionMode):
         """torch.as_tensor and torch.asarray: the same tensor where that is possible."""
         data = args[0] if args else kwargs.get("data", kwargs.get("obj"))
         if not isinstance(data, Tensor):
-            return self._construct(func, args, kwargs)
+            return self.construct(func, args, kwargs)
         device = kwargs.pop("device", None)
         result = func(*args, **kwargs)
         return self._move(result, device, False, func) if device is not None else result
@@ -199,10 +212,11 @@ class PlacementMode(TorchFunctionMode):
         mark = self.ledger.mark(tensor)
         if (mark.place if mark else CPU) == target:
             result = tensor.to(copy=copy, **options) if options or copy else tensor
-            self.ledger.put_fresh(result, mark or Mark(CPU, root=holder(tensor)))
+            self.ledger.put_fresh(result, mark or self.ledger.derived([tensor]))
             return result
         result = tensor.to(CPU, copy=True, **options)
-        self.ledger.put(result, Mark(target, origin_of(func, True), holder(tensor) if target is CPU else None))
+        origin = origin_of(func, True)
+        self.ledger.put(result, self.ledger.derived([tensor], origin) if target is CPU else Mark(target, origin))
         return result
 
     def _to(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -255,7 +269,7 @@ class PlacementMode(TorchFunctionMode):
         if self.accelerator.place(args[0]).type == "cuda":
             raise RuntimeError(f"cannot pin '{self._type(torch.Tensor.type, args[:1], {})}' only dense CPU tensors")
         result = args[0].clone()
-        self.ledger.put_fresh(result, Mark(CPU, root=holder(args[0])))
+        self.ledger.put_fresh(result, self.ledger.derived(args[:1]))
         return result
 
     # -- answering -------------------------------------------------------------------------------------------------
@@ -378,8 +392,8 @@ class PlacementMode(TorchFunctionMode):
             for owner in (Tensor, torch):
                 if (func := getattr(owner, name, None)) is not None:
                     table[func] = through
-        for constructor in _device_constructors():
-            table[constructor] = self._construct
+        for constructor in device_constructors():
+            table[constructor] = self.construct
         table |= {torch.as_tensor: self._adopt, torch.asarray: self._adopt}
         table |= {Tensor.to: self._to, Tensor.cuda: self._cuda, Tensor.cpu: self._cpu}
         table |= {Tensor.type: self._type, Tensor.type_as: self._type_as, Tensor.pin_memory: self._pin}

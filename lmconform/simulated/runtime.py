@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ _DEVICE_WORDS = frozenset({"cuda", "accelerator", "is_torch_cuda_available"})
 
 _serving: list[SimulatedAccelerator] = []
 _registered: list[bool] = []
+_probes: dict[str, list[Callable[[], None]]] = {}
 
 
 @contextmanager
@@ -216,6 +217,7 @@ def _answers(accelerator: SimulatedAccelerator) -> Iterator[tuple[Any, dict[str,
             "Stream": Stream,
             "Event": Stream,
             "compile": _compile_eagerly,
+            "range": _range(accelerator, getattr(torch, "range", None)),
             "is_autocast_enabled": _autocast_answer(torch.is_autocast_enabled),
             "get_autocast_dtype": _autocast_dtype(torch.get_autocast_dtype, torch.is_autocast_enabled),
         },
@@ -267,6 +269,16 @@ def _device_class(real: type[torch.device]) -> type:
 def _compile_eagerly(model: Any = None, **options: Any) -> Any:
     """torch.compile runs what it is given as it is: there is no kernel to compile for."""
     return (lambda function: function) if model is None else model
+
+
+def _range(accelerator: SimulatedAccelerator, real: Any) -> Any:
+    """The one constructor that tells no mode of itself."""
+
+    def range(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made: torch.Tensor = accelerator.mode.construct(real, args, kwargs)
+        return made
+
+    return range
 
 
 def _autocast_init(real: Any) -> Any:
@@ -406,10 +418,12 @@ def _forget_probes() -> None:
     for name in ("transformers.utils.import_utils", "torch._utils", "torch.utils._triton", "accelerate.utils.imports"):
         if name not in sys.modules:
             continue
-        for function in list(vars(importlib.import_module(name)).values()):
-            clear = getattr(function, "cache_clear", None)
-            if callable(clear) and _asks_for_device(function):
-                clear()
+        if name not in _probes:
+            functions = list(vars(importlib.import_module(name)).values())
+            clears = [(function, getattr(function, "cache_clear", None)) for function in functions]
+            _probes[name] = [clear for function, clear in clears if callable(clear) and _asks_for_device(function)]
+        for clear in _probes[name]:
+            clear()
 
 
 def _asks_for_device(function: Any) -> bool:

@@ -27,7 +27,8 @@ class Stray:
 
     `name` is its dotted name from the outermost module on (`layers.0.attention.table`), or the variable's name; `kind`
     is parameter, buffer, attribute, variable or global; `module` the class that holds it (for a variable the function,
-    for a global the Python module); `derived` says that the operand was computed from it.
+    for a global the Python module); `derived` says that the operand was computed from it, `unlisted` that it belongs to
+    a module which stands in a plain list or dict.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stray:
     module: str
     place: str
     derived: bool = False
+    unlisted: bool = False
 
     def __str__(self) -> str:
         what = {
@@ -102,7 +104,7 @@ def placement_error(
         if stray is None or (found is not None and stray.kind == "variable" and found.kind != "variable"):
             stray, origin, place = found or stray, made or origin, where
     return PlacementError(
-        f"{text}\n{_sentence(stray, origin, place, home)}",
+        f"{text}\n{_sentence(stray, origin, place, home, _running(roots))}",
         operation=str(func),
         devices=tuple(map(str, places)),
         stray=stray,
@@ -110,17 +112,33 @@ def placement_error(
     )
 
 
-def _sentence(stray: Stray | None, origin: Origin | None, place: torch.device, home: torch.device) -> str:
+def _sentence(stray: Stray | None, origin: Origin | None, place: torch.device, home: torch.device, running: str) -> str:
     subject = f"The tensor on {place} is {stray}" if stray else f"The tensor on {place} has no name that could be found"
-    if stray and stray.kind == "attribute":
+    if stray and stray.unlisted:
+        subject += (
+            ", in a plain list or dict of modules, which .to(device) never meets: use nn.ModuleList or ModuleDict"
+        )
+    elif stray and stray.kind == "attribute":
         subject += ", neither parameter nor buffer, so .to(device) leaves it behind: register it as a buffer"
     elif stray and stray.kind in ("parameter", "buffer"):
         subject += f", while the model is on {home}: made or replaced after the move, or never moved"
     elif stray and stray.kind == "global":
         subject += ", which .to(device) cannot move: register it as a buffer"
     if origin:
-        subject += f"; it comes from {origin}"
+        kept = stray is not None and stray.kind in ("attribute", "global")  # no device= would have helped
+        subject += f"; it comes from {origin.place if kept else origin}"
+    if running and (stray is None or stray.kind in ("variable", "global")):
+        subject += f"; it is met in {running}"
     return subject + "."
+
+
+def _running(roots: list[nn.Module]) -> str:
+    """The innermost module that runs, named from the outermost: `blocks.1.attention (Attention)`."""
+    if not roots:
+        return ""
+    kind = type(roots[-1]).__name__
+    path = next((path for path, module in roots[0].named_modules() if module is roots[-1]), "")
+    return f"{path} ({kind})" if path else kind
 
 
 def _trace(
@@ -134,13 +152,13 @@ def _trace(
     origin = mark.origin if mark else None
     own = holder(tensor)
     variable: Stray | None = None
-    for storage, derived in ((own, False), (mark.root if mark else None, True)):
-        if storage is None or (derived and storage is own):
-            continue
+    alive = [storage for source in (mark.sources if mark else ()) if (storage := source()) is not None]
+    for storage in dict.fromkeys((own, *alive)):
+        derived = storage is not own
         for root, unlisted in [(root, unlisted) for root in roots for unlisted in (False, True)]:
             found = _in_modules(root, storage, unlisted)
             if found:
-                return Stray(*found, str(place), derived), origin
+                return Stray(*found, str(place), derived, unlisted), origin
         found = _in_globals(frames, storage)
         if found:
             return Stray(*found, str(place), derived), origin

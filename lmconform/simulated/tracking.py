@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -18,6 +19,7 @@ CPU = torch.device("cpu")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 _serial = itertools.count()
+_REMEMBERED = 12  # storages that one was computed from
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,29 @@ class Origin:
     function: str
     device_given: bool
 
+    @property
+    def place(self) -> str:
+        """`torch.arange at modeling.py:12 in forward`."""
+        return f"{self.call} at {os.path.basename(self.file)}:{self.line} in {self.function}"
+
     def __str__(self) -> str:
-        where = f"{os.path.basename(self.file)}:{self.line} in {self.function}"
-        return f"{self.call} at {where}" + ("" if self.device_given else ", which names no device")
+        return self.place + ("" if self.device_given else ", which names no device")
 
 
 class Mark:
-    """Where a storage is, the call it came from, and the storages from before that it was computed from."""
+    """Where a storage is, the call it came from, and the storages that it was computed from, the nearest first.
 
-    __slots__ = ("origin", "place", "root")
+    Those are held weakly: one that has gone belongs to no module, and could not be named.
+    """
 
-    def __init__(self, place: torch.device, origin: Origin | None = None, root: Any = None) -> None:
+    __slots__ = ("origin", "place", "sources")
+
+    def __init__(
+        self, place: torch.device, origin: Origin | None = None, sources: tuple[weakref.ref[Any], ...] = ()
+    ) -> None:
         self.place = place
         self.origin = origin
-        self.root = root
+        self.sources = sources
 
 
 class Ledger:
@@ -67,6 +78,18 @@ class Ledger:
         elif isinstance(value, (tuple, list)):
             for item in value:
                 self.put_fresh(item, mark)
+
+    def derived(self, tensors: Iterable[Tensor], origin: Origin | None = None) -> Mark:
+        """The mark of what was computed on the CPU from these."""
+        near: list[weakref.ref[Any]] = []
+        far: list[weakref.ref[Any]] = []
+        for tensor in tensors:
+            near.append(weakref.ref(holder(tensor)))
+            mark = self.mark(tensor)
+            if mark is not None:
+                far.extend(mark.sources)
+                origin = origin or mark.origin
+        return Mark(CPU, origin, (*near, *far)[:_REMEMBERED])
 
 
 def holder(tensor: Tensor) -> Any:

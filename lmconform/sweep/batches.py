@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lmconform.capabilities import as_given
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -49,4 +51,4 @@ def logits_of(specimen: Specimen, batch: Batch, labels: bool) -> Tensor:
 
 def given_labels(specimen: Specimen, batch: Batch) -> Tensor:
     """The batch's labels as that model wants them: shifted by itself (Hugging Face), or as they stand."""
-    return batch.ids if specimen.convention.labels_shifted else batch.targets
+    return batch.ids if specimen.convention.labels_shifted else as_given(specimen, batch.targets)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SENTENCE = (0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 9, 1, 10, 11, 2)  # the words; 0, 1 and 2 come more than once
 WORDS = 48  # of the rule's language, at most
-ROWS, TIME = 4, 16
+ROWS, TIME = 2, 16
 KEPT = 64  # batches
 
 

@@ -1,8 +1,14 @@
 """Trains many copies of one model at once, each with its own learning rate and initial weights.
 
 The weights of all members are stacked and `torch.func.vmap` runs the model over the stack, so that one operation does
-the work of all; each member is one parameter group of `torch.optim.AdamW` itself. Where a model cannot be run that way
-the members are trained one at a time, and the reason is kept.
+the work of all; the steps are those of `torch.optim.AdamW` itself, a parameter group for each rate. A step is recorded
+once and then run without the model's Python (`recording`). Where a model cannot be run that way the members are trained
+one at a time, and the reason is kept.
+
+What bounds it on a CPU is each member's own arithmetic: its matrix products, whose weights no cache can hold for all,
+and AdamW's roots and divisions. One at a time it is the Python of model, autograd and optimizer, so that the gain is
+the larger the smaller the model. Losses are those of one at a time up to rounding, which training at high rates
+amplifies as it does any other rounding (a batch's rows in another order, say).
 """
 
 from __future__ import annotations
@@ -15,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform.sweep.batches import Batch, Batches, Loss, cross_entropy, logits_of
 from lmconform.sweep.stacking import Vectorised, vectorisable
+from lmconform.sweep.stepping import Stepping
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lmconform.specimen import Specimen
 
@@ -187,53 +193,43 @@ def _together(
     """Train the members of one chunk side by side."""
     import torch
 
-    alive = list(part)
-    names = [name for name, weight in run.specimen.module.named_parameters() if weight.requires_grad]
-    shapes = [run.specimen.module.get_parameter(name).shape for name in names]
-    flat = torch.stack([_row(made._starts[made.members[index].seed].module, names) for index in alive])
-    optimizer = _Rows(flat, [made.members[index].rate for index in alive])
+    assert run.layout is not None
+    alive: list[int | None] = list(part)  # by place in the stack; None where a member has come to its end
+    flat = run.layout.stacked([made._starts[made.members[index].seed].module for index in part])
+    rows = _Rows(flat, [made.members[index].rate for index in part])
+    stepping = Stepping(run)
     run.specimen.module.train()
     for step in range(steps):
-        given = {seed: batches(step, seed) for seed in {made.members[index].seed for index in alive}}
-        shared = len({id(batch) for batch in given.values()}) == 1
-        own = [given[made.members[index].seed] for index in alive]
-        ids = own[0].ids if shared else torch.stack([batch.ids for batch in own])
-        targets = own[0].targets if shared else torch.stack([batch.targets for batch in own])
-        losses, gradients = run.losses_and_gradients(_views(optimizer.flat, names, shapes), ids, targets, shared)
-        values = losses.tolist()
-        going = [judge.goes_on(index, value) for index, value in zip(alive, values, strict=True)]
-        torch.cat([gradient.reshape(len(alive), -1) for gradient in gradients], 1, out=optimizer.gradient)
-        optimizer.step([not made.diverged[index] for index in alive])
+        given = {made.members[index].seed: None for index in alive if index is not None}
+        drawn = {seed: batches(step, seed) for seed in given}
+        any_batch = next(iter(drawn.values()))
+        shared = len({id(batch) for batch in drawn.values()}) == 1
+        own = [any_batch if index is None else drawn[made.members[index].seed] for index in alive]
+        ids = any_batch.ids if shared else torch.stack([batch.ids for batch in own])
+        targets = any_batch.targets if shared else torch.stack([batch.targets for batch in own])
+        values = stepping.step(rows.flat, rows.gradient, ids, targets, shared, steps - step).tolist()
+        going = [index is not None and judge.goes_on(index, value) for index, value in zip(alive, values, strict=True)]
+        rows.step([index is not None and not made.diverged[index] for index in alive])
         last = judge.over or step == steps - 1
-        ended = [place for place, on in enumerate(going) if last or not on]
-        for place in ended if keep else ():
-            views = _views(optimizer.flat[place : place + 1].clone(), names, shapes)
-            made.weights[alive[place]] = {name: view[0] for name, view in views.items()}
-        if ended:
-            kept = [place for place in range(len(alive)) if place not in ended]
-            alive = [alive[place] for place in kept]
-            if not alive:
-                break
-            optimizer.keep(kept)
+        for place, on in enumerate(going):
+            index = alive[place]
+            if index is None or (on and not last):
+                continue
+            if keep:
+                views = run.layout.views(rows.flat[place : place + 1].clone())
+                made.weights[index] = {name: view[0] for name, view in views.items()}
+            alive[place] = None
+        kept = [place for place, index in enumerate(alive) if index is not None]
         progress(part.start * steps + (step + 1) * len(part), len(made.members) * steps)
-
-
-def _row(module: nn.Module, names: Sequence[str]) -> Tensor:
-    import torch
-
-    return torch.cat([module.get_parameter(name).detach().flatten() for name in names])
-
-
-def _views(flat: Tensor, names: Sequence[str], shapes: Sequence[torch.Size]) -> dict[str, Tensor]:
-    """Weights by name, [members, ...], as views of `flat` [members, size]."""
-    sizes = [shape.numel() for shape in shapes]
-    parts = flat.detach().split(sizes, dim=1)
-    named = zip(names, parts, shapes, strict=True)
-    return {name: part.unflatten(1, shape) if len(shape) else part[:, 0] for name, part, shape in named}
+        if not kept:
+            break
+        if len(kept) <= stepping.room * len(alive):
+            alive = [alive[place] for place in kept]
+            rows.keep(kept)
 
 
 class _Rows:
-    """torch.optim.AdamW over the rows of one tensor, a parameter group with a rate of its own for each."""
+    """torch.optim.AdamW over the rows of one tensor [members, size], a parameter group for each rate."""
 
     def __init__(self, flat: Tensor, rates: Sequence[float]) -> None:
         import torch
@@ -249,7 +245,10 @@ class _Rows:
         import torch
 
         self.rows = [torch.nn.Parameter(row) for row in self.flat.detach().unbind()]
-        groups = [{"params": [row], "lr": rate} for row, rate in zip(self.rows, self.rates, strict=True)]
+        groups = [
+            {"params": [row for row, its in zip(self.rows, self.rates, strict=True) if its == rate], "lr": rate}
+            for rate in dict.fromkeys(self.rates)
+        ]
         fused = self.flat.device.type in ("cpu", "cuda", "mps")
         self.optimizer = torch.optim.AdamW(groups, fused=fused)
         for row, state in zip(self.rows, states, strict=True):
@@ -266,7 +265,7 @@ class _Rows:
         """Go on with these rows alone, moments included."""
         import torch
 
-        states = [self.optimizer.state[self.rows[place]] for place in places]
+        states = [self.optimizer.state.get(self.rows[place], {}) for place in places]
         self.flat = self.flat[list(places)].contiguous()
         self.rates = [self.rates[place] for place in places]
         self.gradient = torch.empty_like(self.flat)

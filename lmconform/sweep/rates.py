@@ -57,11 +57,15 @@ class Outcome:
     def place(self, rate: float, steps: int | None = None) -> str:
         """Where a rate lies: "good", "too small" or "too large".
 
-        A run of more steps than were swept gets as far with a rate that much smaller.
+        A run of more steps than were swept gets as far with a rate that much smaller. The sweep looks at some rates
+        alone: what lies nearer to the last good one than to its neighbour counts as good.
         """
         if self.good_range is None:
             return "unknown"
-        low, high = self.good_range
+        rates = [row.rate for row in self.rows]
+        first, last = (rates.index(rate) for rate in self.good_range)
+        low = math.sqrt(rates[first] * rates[max(first - 1, 0)])
+        high = math.sqrt(rates[last] * rates[min(last + 1, len(rates) - 1)])
         longer = max(1.0, (steps if steps is not None else self.steps) / self.steps)
         slack = 1 + 1e-6
         if rate * slack < low / longer:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import tolerance
 from lmconform.conventions import first_line
 from lmconform.sweep.batches import Batch, Loss, given_labels, logits_of
+from lmconform.sweep.layout import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Vectorised:
     labels: bool
     mask: bool
     outside: bool = True  # autograd around vmap, half the work; inside it where operations fall back to a loop
+    layout: Layout | None = None
 
     def one(self, weights: dict[str, Tensor], ids: Tensor, targets: Tensor) -> Tensor:
         """The loss of one member: what is vmapped."""
@@ -117,7 +119,7 @@ def vectorisable(
                 together = vmap(run.logits, in_dims=(0, None, None), randomness="different")(
                     stacked, example.ids, example.targets
                 )
-                run.losses_and_gradients(dict(stacked), example.ids, example.targets, True)
+                _, gradients = run.losses_and_gradients(dict(stacked), example.ids, example.targets, True)
             except Exception as error:
                 reason = reason or f"{type(error).__name__} under vmap: {first_line(error)}"
                 continue
@@ -127,6 +129,7 @@ def vectorisable(
         if not worst <= tolerance.allowed(subject.noise, alone):
             reason = reason or f"stacked copies give other logits than one alone (by {worst:.2g})"
             continue
+        run.layout = Layout.of(specimen.module, gradients)
         return run, ""
     return None, reason or "it cannot be run under vmap"
 

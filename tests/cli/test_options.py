@@ -13,7 +13,7 @@ import pytest
 
 from lmconform import __version__
 from lmconform.cli import main
-from lmconform.options import NAMES
+from lmconform.options import NAMES, read_ini
 from lmconform.registry import all_checks
 
 
@@ -113,6 +113,11 @@ def test_write_expected_never_overwrites(tmp_path: Path, capsys: pytest.CaptureF
 def test_html_without_jinja2_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert "the HTML report needs jinja2: pip install 'lmconform[report]'" in refused(capsys, "--html", "a.html")
+
+
+def test_true_and_false_are_taken_from_ini(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.lmconform]\nstrict = true\nisolate = false\n")
+    assert read_ini(tmp_path) == {"strict": True, "isolate": False}
 
 
 def test_command_line_goes_before_ini(tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: Any) -> None:

@@ -89,3 +89,20 @@ def test_shipped_deviations_are_well_formed_and_say_where() -> None:
         assert entry.id in all_checks()
         assert entry.subject.startswith("transformers:")
         assert entry.link, f"{entry.subject} {entry.id} names no source"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("expected = 3", "expected = 3; entries are [[expected]] tables"),
+        (ENTRY.replace('"mine*"', "3"), "subject = 3 is no string"),
+        (ENTRY.replace('"contract.shape"', '["contract.shape"]'), "id = ['contract.shape'] is no string"),
+    ],
+    ids=["no table", "subject", "id"],
+)
+def test_value_of_a_wrong_kind_is_told(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "expected.toml"
+    file.write_text(text)
+    with pytest.raises(ExpectedError) as refused:
+        read_expected(file)
+    assert says in str(refused.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 
@@ -196,3 +197,34 @@ def test_global_state_that_a_subject_leaves_changed_is_put_back(specimen: Specim
     Runner(specimen).run(register(check))
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_error_of_a_check_of_our_own_is_not_put_on_the_model() -> None:
+    from lmconform.runner import MEASURING, _raised
+
+    scope: dict[str, object] = {}
+    exec(compile("def measure():\n    raise IndexError('no such row')", f"{MEASURING[0]}loss.py", "exec"), scope)
+    with pytest.raises(IndexError) as raised:
+        scope["measure"]()  # type: ignore[operator]
+    said = _raised(raised.value)
+    assert said.startswith("lmconform could not measure it on what the model gave: IndexError: no such row")
+    assert "loss.py:2" in said
+
+
+def test_time_limit_of_somebody_else_goes_on(specimen: Specimen, register: Register) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 600)
+    try:
+        Runner(specimen).run(register(lambda subject, ctx: None))
+        assert 590 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def test_reproduction_names_the_file_of_a_builder(register: Register) -> None:
+    check = register(lambda subject, ctx: ctx.fail("so it is"))
+    assert (
+        "lmconform check fixtures/subjects/plain.py:plain --select own.check"
+        in Runner(Subject(plain).open()).run(check).repro
+    )
+    module = Subject(plain(), name="model").open()
+    assert Runner(module).run(check).repro.startswith("lmconform.check_model(model, select=['own.check'], seed=0)")

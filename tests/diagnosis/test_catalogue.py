@@ -93,6 +93,20 @@ def test_causes_of_planted_faults_are_present() -> None:
     assert sorted({fault.cause for fault in all_faults()} - set(IDS)) == []
 
 
+def test_every_cause_has_a_planted_fault() -> None:
+    assert sorted(set(IDS) - {fault.cause for fault in all_faults()}) == []
+
+
+def test_a_second_cause_of_a_fault_exists_and_is_justified() -> None:
+    for fault in all_faults():
+        assert set(fault.also) <= set(IDS) - {fault.cause}
+        assert bool(fault.also) == bool(fault.why_also), fault.id
+
+
+def test_second_causes_are_few() -> None:
+    assert sum(bool(fault.also) for fault in all_faults()) <= len(all_faults()) / 20
+
+
 def test_no_cause_is_called_like_a_check() -> None:
     assert sorted(set(IDS) & _every_check()) == []
 

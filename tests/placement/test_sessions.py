@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import textwrap
 from typing import Any
 
 import pytest
@@ -111,6 +113,15 @@ def test_pytest_runs_there(pytester: pytest.Pytester) -> None:
     )
     result.assert_outcomes(passed=1)
     assert '"device": "sim"' in (pytester.path / "r.json").read_text()
+
+
+def test_the_example_in_the_docstring_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = inspect.getdoc(lmconform.simulated_accelerator)
+    assert text is not None
+    code = "\n".join(line for line in text.splitlines() if line.startswith("    ") or not line)
+    promised = [line.partition("  # ")[2] for line in code.splitlines() if "print(" in line]
+    exec(compile(textwrap.dedent(code), "example", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.splitlines() == promised != []
 
 
 def test_the_error_is_public() -> None:

@@ -89,13 +89,15 @@ def test_every_type_runs_with_the_values_of_the_cpu(model_type: str) -> None:
     _compare(model_type)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded", "offloaded_static"])
-def test_generate_with_every_cache(cache: str) -> None:
-    model = tiny_model("gemma2")
+@pytest.mark.parametrize("model_type", ["gemma2", "jamba", "bart"])
+def test_generate_with_every_cache(model_type: str, cache: str, devices: int) -> None:
+    model = tiny_model(model_type)
     ids = _ids(model)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    with simulated_accelerator():
-        model.to("cuda")
+    with simulated_accelerator(devices) as accelerator:
+        split_layers(model, accelerator.devices)
         tokens = model.generate(
             ids.cuda(), max_new_tokens=6, do_sample=False, pad_token_id=0, cache_implementation=cache
         )

@@ -26,7 +26,7 @@ def fails():
 
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
-    """A project with models.py (Sound, Broken, fails) and a test of its own."""
-    pytester.makepyfile(models=SUBJECTS, test_other="def test_other(): pass")
+    """A project with own_models.py (Sound, Broken, fails) and a test of its own."""
+    pytester.makepyfile(own_models=SUBJECTS, test_other="def test_other(): pass")
     pytester.syspathinsert()
     return pytester

@@ -12,21 +12,24 @@ CHEAP = ("--lm-select", "contract.shape", "--lm-select", "contract.finite")
 
 
 def test_adds_one_item_a_check_named_subject_dash_check(project: pytest.Pytester) -> None:
-    result = project.runpytest("--lm", "models:Sound", *CHEAP, "-v")
+    result = project.runpytest("--lm", "own_models:Sound", *CHEAP, "-v")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["lm::Sound-contract.shape PASSED*", "lm::Sound-contract.finite PASSED*"])
     result.stdout.fnmatch_lines(["*Sound conforms: 2 passed*"])
 
 
 def test_runs_named_files_beside_the_subjects(project: pytest.Pytester) -> None:
-    project.runpytest("--lm", "models:Sound", *CHEAP, "test_other.py").assert_outcomes(passed=3)
+    project.runpytest("--lm", "own_models:Sound", *CHEAP, "test_other.py").assert_outcomes(passed=3)
 
 
 def test_finding_shows_the_figures_and_the_reproduction(project: pytest.Pytester) -> None:
-    result = project.runpytest("--lm", "models:Broken", *CHEAP)
+    result = project.runpytest("--lm", "own_models:Broken", *CHEAP)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
-        ["*contract.finite: * logits are NaN or infinite*", "*lmconform check models:Broken --select contract.finite*"]
+        [
+            "*contract.finite: * logits are NaN or infinite*",
+            "*lmconform check own_models:Broken --select contract.finite*",
+        ]
     )
     result.stdout.no_fnmatch_line("*Traceback*")
 
@@ -37,37 +40,37 @@ def test_finding_shows_the_figures_and_the_reproduction(project: pytest.Pytester
     ids=["keyword", "marker", "marker-none", "deselect"],
 )
 def test_narrows(project: pytest.Pytester, arguments: tuple[str, ...], passed: int) -> None:
-    outcomes = project.runpytest("--lm", "models:Sound", *CHEAP, *arguments).parseoutcomes()
+    outcomes = project.runpytest("--lm", "own_models:Sound", *CHEAP, *arguments).parseoutcomes()
     assert outcomes.get("passed", 0) == passed
 
 
 def test_last_failed_runs_the_finding_alone(project: pytest.Pytester) -> None:
-    project.runpytest("--lm", "models:Broken", *CHEAP)
-    project.runpytest("--lm", "models:Broken", *CHEAP, "--lf").assert_outcomes(failed=1)
+    project.runpytest("--lm", "own_models:Broken", *CHEAP)
+    project.runpytest("--lm", "own_models:Broken", *CHEAP, "--lf").assert_outcomes(failed=1)
 
 
 def test_workers_give_the_same_verdicts_and_one_ledger(project: pytest.Pytester) -> None:
-    result = project.runpytest_subprocess("--lm", "models:Sound", "--lm", "models:Broken", *CHEAP, "-n", "2")
+    result = project.runpytest_subprocess("--lm", "own_models:Sound", "--lm", "own_models:Broken", *CHEAP, "-n", "2")
     result.assert_outcomes(passed=3, failed=1)
     result.stdout.fnmatch_lines_random(["Sound conforms: 2 passed", "Broken does not conform: 1 passed, 1 failed"])
 
 
 def test_junit_holds_the_figures(project: pytest.Pytester) -> None:
-    project.runpytest("--lm", "models:Broken", *CHEAP, "--junitxml", "out.xml")
+    project.runpytest("--lm", "own_models:Broken", *CHEAP, "--junitxml", "out.xml")
     text = (project.path / "out.xml").read_text()
     assert 'name="lmconform_id" value="contract.finite"' in text
     assert 'name="lmconform_status" value="failed"' in text
 
 
 def test_json_report_is_written(project: pytest.Pytester) -> None:
-    project.runpytest("--lm", "models:Broken", *CHEAP, "--lm-json", "out.json")
+    project.runpytest("--lm", "own_models:Broken", *CHEAP, "--lm-json", "out.json")
     report = json.loads((project.path / "out.json").read_text())
     assert report["ok"] is False
     assert report["counts"]["failed"] == 1
 
 
 def test_subject_that_cannot_be_built_fails_once(project: pytest.Pytester) -> None:
-    result = project.runpytest("--lm", "models:fails", *CHEAP)
+    result = project.runpytest("--lm", "own_models:fails", *CHEAP)
     result.assert_outcomes(failed=1, skipped=1)
     result.stdout.fnmatch_lines(["*could not be built: *no weights here*"])
 
@@ -75,12 +78,13 @@ def test_subject_that_cannot_be_built_fails_once(project: pytest.Pytester) -> No
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--lm", "models:Soun"), "*did you mean Sound?*"),
-        (("--lm", "nowhere.models:Sound"), "*there is no module nowhere*"),
-        (("--lm", "models:Sound", "--lm-select", "contract.shap"), "*did you mean contract.shape*"),
-        (("--lm", "models:Sound", "--lm-expected", "none.toml"), "*none.toml: no such expected-failure file*"),
+        (("--lm", "own_models:Soun"), "*did you mean Sound?*"),
+        (("--lm", "nowhere.own_models:Sound"), "*there is no module nowhere*"),
+        (("--lm", "own_models:Sound", "--lm-select", "contract.shap"), "*did you mean contract.shape*"),
+        (("--lm", "own_models:Sound", "--lm-expected", "none.toml"), "*none.toml: no such expected-failure file*"),
+        (("--lm", "own_models:Sound", "--lm-device", "tpu"), "device 'tpu': *lmconform adds sim and sim:2"),
     ],
-    ids=["attribute", "module", "check", "expected-file"],
+    ids=["attribute", "module", "check", "expected-file", "device"],
 )
 def test_bad_usage_is_one_clear_error(project: pytest.Pytester, arguments: tuple[str, ...], says: str) -> None:
     result = project.runpytest(*arguments)
@@ -89,7 +93,7 @@ def test_bad_usage_is_one_clear_error(project: pytest.Pytester, arguments: tuple
 
 
 def test_nothing_executed_is_an_error(project: pytest.Pytester) -> None:
-    result = project.runpytest("--lm", "models:Sound", "--lm-select", "padding.left")
+    result = project.runpytest("--lm", "own_models:Sound", "--lm-select", "padding.left")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*Sound nothing was checked: 1 not_applicable*"])
 
@@ -99,7 +103,7 @@ def test_expected_failures_xfail_and_stale_ones_fail(project: pytest.Pytester) -
         '[[expected]]\nsubject = "Broken"\nid = "contract.finite"\nreason = "divides by 0 beyond 30 tokens"\n'
         '[[expected]]\nsubject = "Broken"\nid = "contract.shape"\nreason = "was once wrong"\n'
     )
-    result = project.runpytest("--lm", "models:Broken", *CHEAP, "--lm-expected", "expected.toml", "-rx")
+    result = project.runpytest("--lm", "own_models:Broken", *CHEAP, "--lm-expected", "expected.toml", "-rx")
     result.assert_outcomes(xfailed=1, failed=1)
     result.stdout.fnmatch_lines(["*passed, though expected to fail: remove the entry*"])
     result.stdout.fnmatch_lines(["*divides by 0 beyond 30 tokens*"])
@@ -107,12 +111,12 @@ def test_expected_failures_xfail_and_stale_ones_fail(project: pytest.Pytester) -
 
 def test_options_come_from_the_project_file(project: pytest.Pytester) -> None:
     project.makepyprojecttoml('[tool.lmconform]\nselect = ["contract.shape"]\n')
-    project.runpytest("--lm", "models:Sound").assert_outcomes(passed=1)
+    project.runpytest("--lm", "own_models:Sound").assert_outcomes(passed=1)
 
 
 def test_misspelt_option_in_the_project_file_is_an_error(project: pytest.Pytester) -> None:
     project.makepyprojecttoml('[tool.lmconform]\nslect = ["contract.shape"]\n')
-    result = project.runpytest("--lm", "models:Sound")
+    result = project.runpytest("--lm", "own_models:Sound")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*no option 'slect'; did you mean select?*"])
 
@@ -136,7 +140,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 def test_check_blocked_by_one_outside_the_run_fails(project: pytest.Pytester) -> None:
-    result = project.runpytest("--lm", "models:Broken", "--lm-select", "batching.permutation")
+    result = project.runpytest("--lm", "own_models:Broken", "--lm-select", "batching.permutation")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*batching.permutation: blocked by contract.finite: *"])
 
@@ -145,7 +149,7 @@ def test_isolated_subject_that_dies_is_a_finding_and_the_run_goes_on(project: py
     project.makepyfile(
         crashing="""
         import os
-        from models import Sound
+        from own_models import Sound
 
         class Crashing(Sound):
             def forward(self, idx):
@@ -154,7 +158,7 @@ def test_isolated_subject_that_dies_is_a_finding_and_the_run_goes_on(project: py
                 return super().forward(idx)
         """
     )
-    result = project.runpytest("--lm", "crashing:Crashing", "--lm", "models:Sound", *CHEAP, "--lm-isolate", "-v")
+    result = project.runpytest("--lm", "crashing:Crashing", "--lm", "own_models:Sound", *CHEAP, "--lm-isolate", "-v")
     result.assert_outcomes(passed=2, failed=1, skipped=1)
     result.stdout.fnmatch_lines(
         ["lm::Crashing-contract.shape FAILED*", "*the process died (SIGSEGV) while running contract.shape*"]
@@ -166,7 +170,7 @@ def test_isolation_refuses_a_live_object_with_the_reason(project: pytest.Pyteste
     project.makepyfile(
         """
         import lmconform
-        from models import Sound
+        from own_models import Sound
 
         @lmconform.parametrize_with_checks([Sound()], isolate=True)
         def test_conformance(subject, check):

@@ -9,7 +9,7 @@ from lmconform.options import OptionError
 
 TEST_FILE = """
 import lmconform
-from models import Sound, Broken
+from own_models import Sound, Broken
 
 @lmconform.parametrize_with_checks([Sound, lmconform.Subject(Broken, name="mine")], select=["contract.finite"])
 def test_conformance(subject, check):

@@ -80,6 +80,42 @@ def test_vectorised_losses_are_the_sequential_ones(name: str) -> None:
     torch.testing.assert_close(torch.tensor(together.losses), torch.tensor(apart.losses), rtol=0, atol=1e-4)
 
 
+def longer(name: str, rates: tuple[float, ...], dtype: str, turned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses [rates, 100] of one seed on the rule's text, vectorised and one at a time; `turned`: the latter with the
+    rows of every batch in another order, instead of the former."""
+    specimen = Subject(lambda: build(name, torch.initial_seed() % (1 << 31)), name=name).open(dtype=dtype)
+    batches = rule_corpus(specimen).batches(specimen, 2, 16)
+
+    def other(step: int, seed: int) -> Batch:
+        batch = batches(step, seed)
+        return Batch(batch.ids.flip(0), batch.targets.flip(0))
+
+    members = [Member(rate, 0) for rate in rates]
+    first = train(specimen, members, other if turned else batches, 100, sequential=turned, keep=False)
+    assert first.mode == ("sequential" if turned else "vectorised")
+    second = train(specimen, members, batches, 100, sequential=True, keep=False)
+    return torch.tensor(first.losses), torch.tensor(second.losses)
+
+
+def test_a_hundred_steps_in_float64_are_the_same() -> None:
+    together, apart = longer("plain", (1e-4, 1e-3, 8e-3), "float64")
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-8)
+
+
+def test_a_hundred_steps_of_llama_are_the_same_to_the_fourth_digit() -> None:
+    together, apart = longer("llama", (1e-5, 1e-4, 1e-3), "float32")
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4)
+
+
+def test_beyond_that_rounding_grows_as_that_of_a_batch_with_its_rows_turned() -> None:
+    rates = (3.5e-3, 8e-3)
+    together, apart = longer("llama", rates, "float32")
+    turned, _ = longer("llama", rates, "float32", turned=True)
+    drift, of_rounding = (together - apart).abs(), (turned - apart).abs()
+    assert bool((drift[:, :30] < 1e-4).all())
+    assert bool((drift.amax(1) < 30 * of_rounding.amax(1)).all()), (drift.amax(1), of_rounding.amax(1))
+
+
 def test_chunks_change_nothing() -> None:
     specimen = opened("plain")
     batch = next_token(sentence(specimen, 0))
@@ -173,7 +209,16 @@ def test_nothing_learns() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "steps", "place"),
-    [(1e-3, 10, "good"), (1e-5, 10, "too small"), (1e-5, 1000, "good"), (0.5, 1000, "too large")],
+    [
+        (1e-3, 10, "good"),
+        (1e-5, 10, "too small"),
+        (1e-5, 1000, "good"),
+        (0.5, 1000, "too large"),
+        (4e-3, 10, "good"),
+        (7e-3, 10, "too large"),
+        (2.5e-4, 10, "good"),
+        (1.5e-4, 10, "too small"),
+    ],
 )
 def test_place_of_a_rate(rate: float, steps: int, place: str) -> None:
     found = swept([4.0, 4.0, 3.0, 0.3, 0.1, 0.09, math.inf, math.inf, math.inf])

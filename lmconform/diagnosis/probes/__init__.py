@@ -1,40 +1,54 @@
-"""Active probes: run when several causes explain the results, to tell them apart and to name the place."""
+"""Active probes: run where several causes explain the results, to tell them apart and to name the place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lmconform.diagnosis.probes import decoding, leak, neighbours, padding
+from lmconform.diagnosis.probes import (
+    choosing,
+    copying,
+    decoding,
+    encoding,
+    leak,
+    neighbours,
+    padded_steps,
+    padding,
+    reference,
+)
+from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.specimen import Unavailable
 
 if TYPE_CHECKING:
-    from lmconform.diagnosis.ranking import Evidence
+    from collections.abc import Container
+
     from lmconform.runner import Runner
     from lmconform.specimen import Specimen
 
-Finding = dict[str, tuple[float, str]]  # cause id: log-odds that the probe adds, and the place ("" where none)
+__all__ = ["Finding", "Verdict", "probe"]
 
-PROBES: tuple[tuple[tuple[str, ...], Callable[[Specimen, int], Finding]], ...] = (
+PROBES: tuple[tuple[tuple[str, ...], Callable[[Specimen, int], list[Finding]]], ...] = (
     (("causality.no_future_leak", "causality.train_mode", "causality.gradient"), leak.probe),
     (("batching.row_independence",), neighbours.probe),
     (("padding.left", "padding.right"), padding.probe),
     (("cache.decode", "cache.chunks"), decoding.probe),
+    (("padding.cached",), padded_steps.probe),
+    (("generation.greedy",), choosing.probe),
+    (("persistence.copy",), copying.probe),
+    (("positions.order_matters",), encoding.module),
+    (("positions.shift",), encoding.shift),
+    (("parity.logits", "parity.hidden", "parity.transfer", "parity.scale"), reference.probe),
 )
 
 
-def probe(runner: Runner, evidence: Evidence) -> dict[str, str]:
-    """Run the probes that red checks call for; adds to `evidence.probed`, returns the place found for a cause."""
-    places: dict[str, str] = {}
+def probe(runner: Runner, red: Container[str]) -> list[Finding]:
+    """What the probes find that these red checks call for. A probe that the subject refuses says nothing."""
+    found: list[Finding] = []
     for checks, run in PROBES:
-        if not any(check in evidence.red for check in checks):
+        if not any(check in red for check in checks):
             continue
         try:
-            found = runner.guarded(lambda run=run: run(runner.subject, runner.seed))  # type: ignore[misc]
+            found += runner.guarded(lambda run=run: run(runner.subject, runner.seed))  # type: ignore[misc]
         except Unavailable:
             continue
-        for cause, (odds, place) in found.items():
-            evidence.probed[cause] += odds
-            if place:
-                places.setdefault(cause, place)
-    return places
+    return found

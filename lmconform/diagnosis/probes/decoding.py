@@ -1,10 +1,13 @@
-"""Why does a cached step differ from one forward: its positions, its mask, or what is in the cache?"""
+"""Why does a cached step differ from one forward: its positions, what is in the cache, or what is read of it?"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
+from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.diagnosis.probes.places import first_difference
 from lmconform.specimen import Unavailable, random_ids
 
@@ -13,47 +16,165 @@ if TYPE_CHECKING:
 
     from lmconform.specimen import Specimen
 
+CONTENTS = ("cache.stale", "cache.wrong_value", "cache.truncated", "cache.ignored")
+TIME, LONG = 20, 72
+Named = list[tuple[str, "Tensor"]]
 
-def probe(subject: Specimen, seed: int) -> dict[str, tuple[float, str]]:
-    """The last token of a text on top of the cache of the rest, with and without explicit positions."""
+
+def probe(subject: Specimen, seed: int) -> list[Finding]:
+    """A short text decoded on top of its own cache, and, where that is right, a long one."""
     import torch
 
     if not subject.can("cache"):
         raise Unavailable("no cache")
-    time = subject.longest(20)
-    ids = random_ids(subject.ordinary_ids, 1, time, torch.Generator().manual_seed(seed)).to(subject.device)
-    whole = subject.logits(ids)[:, -1:]
+    for time in dict.fromkeys((subject.longest(TIME), subject.longest(LONG))):
+        ids = random_ids(subject.ordinary_ids, 1, time, torch.Generator().manual_seed(seed)).to(subject.device)
+        if found := _examined(subject, ids):
+            if time > TIME:
+                where = f"after {TIME} tokens a cached step is right, after {time} it is not"
+                found = [finding for finding in found if finding.cause not in CONTENTS]
+                found += [Finding(cause, Verdict.against) for cause in CONTENTS if cause != "cache.truncated"]
+                found.append(Finding("cache.truncated", Verdict.seen, where))
+            return found
+    return []
+
+
+def _examined(subject: Specimen, ids: Tensor) -> list[Finding]:
+    """The last two tokens of a text on top of the cache of the rest: given their positions, and their cache compared.
+
+    Cached tensors are changed one by one: those that nobody reads move no logit. The cache after the steps should hold
+    what one forward over the whole text leaves.
+    """
+    import torch
+
+    time = ids.shape[1]
+    full = subject.forward(ids, use_cache=True)
+    whole = full.logits[:, -1:]
     bound = tolerance.allowed(subject.noise, whole)
 
-    def step(positions: Tensor | None = None) -> Tensor:
-        cache = subject.forward(ids[:, :-1], use_cache=True).cache
-        return subject.forward(ids[:, -1:], cache=cache, use_cache=True, positions=positions).logits
+    def prefix(explicit: bool = False) -> Any:
+        cache = subject.forward(ids[:, :-2], use_cache=True).cache
+        positions = torch.full((1, 1), subject.first_position + time - 2, device=ids.device) if explicit else None
+        return subject.forward(ids[:, -2:-1], cache=cache, use_cache=True, positions=positions).cache
 
-    if float((step() - whole).abs().max()) <= bound:
-        return {}
-    found: dict[str, tuple[float, str]] = {}
+    def step(cache: Any, explicit: bool = False) -> Any:
+        positions = torch.full((1, 1), subject.first_position + time - 1, device=ids.device) if explicit else None
+        return subject.forward(ids[:, -1:], cache=cache, use_cache=True, positions=positions)
+
+    stepped = step(prefix())
+    error = float((stepped.logits - whole).abs().max())
+    if error <= bound:
+        return []
+    if float((subject.logits(ids[:, :-2]) - full.logits[:, :-2]).abs().max()) > bound:  # no matter of the cache
+        return [Finding(cause, Verdict.against) for cause in ("position.restarts_on_decode", *CONTENTS)]
+    found: list[Finding] = []
     if subject.convention.positions is not None:
-        explicit = torch.full((1, 1), subject.first_position + time - 1, device=ids.device)
-        cured = float((step(explicit) - whole).abs().max()) <= bound
-        where = "with explicit position_ids the cached step is right" if cured else ""
-        found["position.restarts_on_decode"] = (2.0, where) if cured else (-1.2, "")
+        after = float((step(prefix(explicit=True), explicit=True).logits - whole).abs().max())
+        if after <= bound:
+            where = f"with explicit position_ids the cached step is right: {after:.2g} off in place of {error:.2g}"
+            cleared = [Finding(cause, Verdict.against) for cause in CONTENTS]
+            return [Finding("position.restarts_on_decode", Verdict.cured, where), *cleared]
+        found.append(Finding("position.restarts_on_decode", Verdict.against))
+    place = _place(subject, ids)
+    if _from_the_start(subject, ids, list(tensors(stepped.cache))):
+        where = "the newest cached key is the one that the token would have at position 0"
+        cleared = [Finding(cause, Verdict.against) for cause in CONTENTS]
+        return [Finding("position.restarts_on_decode", Verdict.cured, where), *cleared]
+    before = prefix()
+    given = [(name, tensor, tensor._version) for name, tensor in tensors(before)]
+    step(before)
+    written = [name for name, tensor, version in given if tensor._version != version]
+    if written:
+        where = f"a step writes into {written[0]} of the cache that it was given"
+        found.append(Finding("cache.mutated_in_place", Verdict.seen, where))
+    before = prefix()
+    where = _unread(before, lambda cache: step(cache).logits, bound)
+    culprit = "cache.ignored" if where else ""
+    if not culprit:
+        culprit, where = _contents(list(tensors(before)), list(tensors(stepped.cache)), list(tensors(full.cache)))
+    for cause in CONTENTS:
+        if cause == culprit and not written:
+            found.append(Finding(cause, Verdict.seen, "; ".join(filter(None, [where, place]))))
+        else:
+            found.append(Finding(cause, Verdict.against if culprit or written else Verdict.place, place))
+    return found
+
+
+def _from_the_start(subject: Specimen, ids: Tensor, stepped: Named) -> bool:
+    """Whether the first layer's newest key is that of the same token alone, with no past before it."""
+    alone = list(tensors(subject.forward(ids[:, -1:], use_cache=True).cache))
+    if not stepped or not alone or alone[0][1].dim() != 4 or stepped[0][1].dim() != 4:
+        return False
+    (_, key), (_, first) = stepped[0], alone[0]
+    axis = next((a for a, size in enumerate(first.shape) if size == 1 and key.shape[a] > 1), None)
+    if axis is None:
+        return False
+    newest, size = key.select(axis, -1).double(), float(first.abs().max())
+    same = float((newest - first.select(axis, 0).double()).abs().max()) <= 1e-4 * size
+    whole = next(tensors(subject.forward(ids, use_cache=True).cache))[1].select(axis, -1).double()
+    return same and float((newest - whole).abs().max()) > 1e-3 * size
+
+
+def tensors(cache: Any, name: str = "cache") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a tuple of tuples, or in a transformers Cache, by the way to them."""
+    import torch
+
+    if isinstance(cache, torch.Tensor):
+        yield name, cache
+    elif isinstance(cache, list | tuple):
+        for index, part in enumerate(cache):
+            yield from tensors(part, f"{name}[{index}]")
+    elif isinstance(cache, dict):
+        for key, part in cache.items():
+            yield from tensors(part, f"{name}[{key!r}]")
+    elif hasattr(cache, "layers"):
+        for index, layer in enumerate(cache.layers):
+            for key in ("keys", "values"):
+                if isinstance(getattr(layer, key, None), torch.Tensor):
+                    yield f"{name}.layers[{index}].{key}", getattr(layer, key)
+
+
+def _contents(before: Named, stepped: Named, full: Named) -> tuple[str, str]:
+    """Which cause the first tensor shows that the step left otherwise than one forward does; "" where all agree."""
+    for (_, old), (name, mine), (_, right) in zip(before, stepped, full):
+        if mine.shape != right.shape:
+            if mine.shape == old.shape:
+                return "cache.stale", f"{name} is {list(mine.shape)} after the step as before it: nothing was stored"
+            return "cache.truncated", f"{name} is {list(mine.shape)} after the step, {list(right.shape)} in one forward"
+        size = max(float(right.abs().max()), 1e-12)
+        difference = (mine.double() - right.double()).abs()
+        if float(difference.max()) <= 1e-4 * size:
+            continue
+        axis = next((a for a, (m, o) in enumerate(zip(mine.shape, old.shape)) if m != o), None)
+        if axis is not None:
+            new, last = mine.select(axis, -1), mine.select(axis, -2)
+            if float((new.double() - last.double()).abs().max()) <= 1e-6 * size:
+                return "cache.stale", f"the newest place of {name} holds what the place before it holds"
+        return "cache.wrong_value", f"{name} is {float(difference.max()):.2g} off what one forward leaves there"
+    return "", ""
+
+
+def _unread(cache: Any, step: Any, bound: float) -> str:
+    """A cached tensor that can be changed without any effect on the next logits."""
+    base = step(copy.deepcopy(cache))
+    for index, (name, _) in enumerate(tensors(cache)):
+        changed = copy.deepcopy(cache)
+        tensor = list(tensors(changed))[index][1]
+        tensor.copy_(tensor.flip(0, -1) * 1.5 + 0.25)
+        if float((step(changed) - base).abs().max()) <= bound:
+            return f"changing {name} moves no logit: it is not read"
+    return ""
+
+
+def _place(subject: Specimen, ids: Tensor) -> str:
+    time = ids.shape[1]
 
     def last(tensor: Tensor) -> Tensor | None:
         return tensor[:, -1:] if tensor.dim() >= 2 and tensor.shape[1] in (1, time) else None
 
     cache = subject.forward(ids[:, :-1], use_cache=True).cache
-    place = first_difference(
+    return first_difference(
         subject,
         (lambda: subject.forward(ids[:, -1:], cache=cache, use_cache=True), last),
         (lambda: subject.logits(ids), last),
     )
-    for cause in (
-        "cache.stale",
-        "cache.wrong_value",
-        "cache.truncated",
-        "cache.ignored",
-        "position.restarts_on_decode",
-    ):
-        odds, where = found.get(cause, (0.0, ""))
-        found[cause] = (odds, "; ".join(filter(None, [place, where])))
-    return found

@@ -11,6 +11,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@contextmanager
+def future_weights() -> Iterator[list[tuple[float, float]]]:
+    """Within it, what each softmax over [..., query, key] gives to later keys.
+
+    Pairs: the share of later keys that get any weight, and their mean weight over that of the keys before.
+    """
+    import torch
+    from torch.nn import functional as F
+    from torch.overrides import TorchFunctionMode
+
+    softmaxes = {torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax}
+    noted: list[tuple[float, float]] = []
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func in softmaxes and made.dim() in (3, 4) and 1 < made.shape[-2] == made.shape[-1]:
+                hidden = torch.ones(made.shape[-2:], dtype=torch.bool, device=made.device).triu(1)
+                later, earlier = made[..., hidden], made[..., ~hidden]
+                noted.append((float((later > 0).float().mean()), float(later.mean() / earlier.mean())))
+            return made
+
+    with Noting():
+        yield noted
+
+
 @dataclass
 class Seen:
     """How many attentions were met."""

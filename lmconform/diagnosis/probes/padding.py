@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmconform import tolerance
+from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.diagnosis.probes.places import first_difference
 from lmconform.specimen import random_ids
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 PADS = 5
 
 
-def probe(subject: Specimen, seed: int) -> dict[str, tuple[float, str]]:
+def probe(subject: Specimen, seed: int) -> list[Finding]:
     """One text with five pads on the left, with and without explicit positions; the pads' own tokens replaced."""
     import torch
 
@@ -47,14 +48,31 @@ def probe(subject: Specimen, seed: int) -> dict[str, tuple[float, str]]:
             subject.logits(one, mask=mask, positions=positions) - subject.logits(other, mask=mask, positions=positions)
         )[:, -real:].abs().max()
     )  # fmt: skip
+    wrong, by_default = error(one, positions), error(one, None)
+    if max(wrong, by_default) <= bound:
+        return []
     place = first_difference(
         subject,
         (lambda: subject.logits(one, mask=mask, positions=positions), tail),
         (lambda: subject.logits(text), tail),
     )
     if leaks > bound:  # the pads' own tokens are seen: the mask does not hold
-        return {"mask.padding_ignored": (1.2, place), "position.ignores_mask": (-1.0, "")}
-    found = {"mask.padding_ignored": (-1.5, ""), "position.ignores_mask": (0.8, place)}
-    if positions is not None and error(one, positions) <= bound < error(one, None):
-        found["position.ignores_mask"] = (1.5, "right with explicit position_ids, wrong without")
-    return found
+        changed = one.clone()
+        changed[:, PADS:-1] = random_ids(subject.ordinary_ids, 1, real - 1, generator).to(subject.device)
+        unmoved = subject.logits(one, mask=mask, positions=positions)
+        moved = subject.logits(changed, mask=mask, positions=positions)
+        blind = float((moved - unmoved)[:, -1].abs().max()) <= bound  # the last token does not see the real ones
+        return [
+            Finding("mask.inverted", Verdict.seen if blind else Verdict.against, place if blind else ""),
+            Finding("mask.padding_ignored", Verdict.against if blind else Verdict.agrees, "" if blind else place),
+            Finding("position.ignores_mask", Verdict.against),
+        ]
+    if positions is not None and wrong <= bound < by_default:
+        positional = Finding(
+            "position.ignores_mask",
+            Verdict.cured,
+            f"right with explicit position_ids ({wrong:.2g} off), wrong without ({by_default:.2g})",
+        )
+    else:
+        positional = Finding("position.ignores_mask", Verdict.agrees, place)
+    return [Finding("mask.padding_ignored", Verdict.against), positional]

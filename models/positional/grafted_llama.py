@@ -1,0 +1,96 @@
+"""Llama without its native rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
+from transformers.utils.generic import can_return_tuple
+
+from models.positional.config import PositionalLlamaConfig
+from models.positional.encoding import PositionEncoding
+from models.positional.grafted import Grafted, GraftedAttention, InitialisesEncoding, MaskByPlace, NoRotation
+from models.positional.methods import make_encoding
+
+
+class PositionalLlamaAttention(GraftedAttention, LlamaAttention):  # type: ignore[misc]
+    """Separate projections; several query heads may share a key and value head."""
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (
+            made(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for made in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value
+
+    def close(self, mixed: Tensor) -> Tensor:
+        return self.o_proj(mixed)
+
+    def dropout_rate(self) -> float:
+        return float(self.attention_dropout or 0.0)
+
+
+class PositionalLlamaLayer(MaskByPlace, LlamaDecoderLayer):
+    """LlamaDecoderLayer around that attention."""
+
+    def __init__(self, config: PositionalLlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = PositionalLlamaAttention(config, layer_idx)
+
+
+class PositionalLlamaModel(InitialisesEncoding, LlamaModel):
+    """LlamaModel whose `rotary_emb` turns nothing until an encoding takes its place."""
+
+    config_class = PositionalLlamaConfig
+    _no_split_modules = ["PositionalLlamaLayer"]  # noqa: RUF012
+
+    def __init__(self, config: PositionalLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(PositionalLlamaLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb: nn.Module = NoRotation()  # type: ignore[assignment]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class PositionalLlamaForCausalLM(Grafted, LlamaForCausalLM):
+    """Llama with another position encoding; every other weight under Llama's own name."""
+
+    config: PositionalLlamaConfig
+    config_class = PositionalLlamaConfig
+    _no_split_modules = ["PositionalLlamaLayer"]  # noqa: RUF012
+
+    def __init__(self, config: PositionalLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = PositionalLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.install(make_encoding(config))
+        self.post_init()
+
+    def install(self, encoding: PositionEncoding) -> None:
+        super().install(encoding)
+        if encoding.turns:
+            self.model.rotary_emb = encoding
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As LlamaForCausalLM, positions counted from the mask where none are given."""
+        prepared = self.prepare(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        return super().forward(labels=labels, logits_to_keep=logits_to_keep, **prepared, **kwargs)

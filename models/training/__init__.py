@@ -1,0 +1,1 @@
+"""Training, generation, comparison and diagnosis of the reference models, over transformers.Trainer."""

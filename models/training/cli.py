@@ -1,0 +1,214 @@
+"""`python -m models`: train, generate, compare, diagnose."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from models.training import options, systems
+from models.training.errors import UsageError
+
+OK, USAGE, INTERRUPTED = 0, 2, 130
+DESCRIPTION = "Train, run, compare and diagnose the reference models."
+EPILOG = """\
+examples:
+  python -m models train adaptive --datasets gsm8k --size small --max-steps 200 --experiment-name first
+  python -m models train adaptive --model ./gpt2 --datasets gsm8k,math --use-lora --lora-r 64 --bf16
+  python -m models generate experiments/first/final --prompt "Question: What is 2 + 3?" --max-new-tokens 40
+  python -m models compare adaptive --model ./gpt2 --plot parity.png
+  python -m models diagnose experiments/first/final --profile smoke
+
+exit codes: 0 done; 1 diagnose has findings; 2 wrong usage or data, nothing was written; 130 interrupted.
+"""
+
+
+class _Refusal(Exception):
+    """Wrong usage, with the parser's own words."""
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _Refusal(f"{message}\n{self.format_usage().rstrip()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `python -m models ARGV`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(arguments)
+        code: int = args.run(args)
+        return code
+    except (UsageError, _Refusal) as error:
+        print(f"models: error: {error}", file=sys.stderr)
+        return USAGE
+    except SystemExit as stopped:  # --help
+        return int(stopped.code or 0)
+    except KeyboardInterrupt:
+        print("models: interrupted; checkpoints that were written stay, go on with --resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parse(arguments: list[str]) -> Namespace:
+    parser = _Parser(
+        prog="python -m models", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    named = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("-") else None
+    _add_train(commands, named if arguments[:1] == ["train"] else None)
+    _add_generate(commands)
+    _add_compare(commands, named if arguments[:1] == ["compare"] else None)
+    _add_diagnose(commands)
+    if arguments[:1] == ["diagnose"]:  # all that it does not know itself is lmconform's
+        known, rest = parser.parse_known_args(arguments)
+        known.rest = rest
+        return known
+    return parser.parse_args(arguments)
+
+
+def _add_train(commands: Any, named: str | None) -> None:
+    """With a system that is named, its own options and defaults."""
+    system = systems.get(named) if named is not None else None
+    parser = commands.add_parser(
+        "train", help="train a system", allow_abbrev=False,
+        description=system.summary if system else f"Systems: {', '.join(systems.names())}.",
+    )  # fmt: skip
+    parser.add_argument("system", metavar="SYSTEM", help=f"one of {', '.join(systems.names())}")
+    options.add_shared(parser)
+    if system is not None:
+        system.add_arguments(parser)
+        parser.set_defaults(**system.defaults)
+    parser.set_defaults(run=_train)
+
+
+def _train(args: Namespace) -> int:
+    from models.training.run import train
+
+    system = systems.get(args.system)
+    if args.model is not None:
+        systems.register_all()  # a base may be a checkpoint of another system
+    results = train(args, system)
+    folder = Path(args.output_dir) / args.experiment_name
+    print(f"{system.name}: {results['steps']} steps in {results['seconds']['train']:.1f} s, {_moved(results)}")
+    for alert in results["alerts"]:
+        print(f"  warning: {alert}")
+    print(f"results: {folder / 'results.json'}; model: {folder / 'final'}")
+    return OK
+
+
+def _moved(results: dict[str, Any]) -> str:
+    before, after = results["before"] or {}, results["after"]
+    parts = []
+    if after["loss"] is not None:
+        was = before.get("loss")
+        parts.append(f"validation loss {'' if was is None else f'{was:.3f} -> '}{after['loss']:.3f}")
+    if after["exact_match"] is not None:
+        was = (before.get("exact_match") or {}).get("share")
+        now = after["exact_match"]
+        share = "" if was is None else f"{was:.1%} -> "
+        parts.append(f"exact match {share}{now['share']:.1%} ({now['correct']} of {now['asked']})")
+    return ", ".join(parts) or "nothing to evaluate on"
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="let a checkpoint write", allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory (an experiment's final/) or a hub id")
+    parser.add_argument("--prompt", action="append", required=True, help="can be given several times")
+    parser.add_argument("--max-new-tokens", type=options.positive, default=64)
+    parser.add_argument("--temperature", type=options.number(0, above=True), help="sample; greedy without")
+    parser.add_argument("--top-k", type=options.positive)
+    parser.add_argument("--top-p", type=options.number(0, 1, above=True))
+    parser.add_argument("--repetition-penalty", type=options.number(0, above=True), default=1.0)
+    parser.add_argument("--beams", type=options.positive, default=1)
+    parser.add_argument("--seed", type=options.not_negative, default=0)
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(args: Namespace) -> int:
+    from transformers import set_seed
+
+    from models.training.evaluation import generate
+
+    model, tokenizer = load(args.checkpoint)
+    sampling: dict[str, Any] = {"do_sample": args.temperature is not None or bool(args.top_k or args.top_p)}
+    if sampling["do_sample"]:
+        sampling |= {"temperature": args.temperature or 1.0, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
+    set_seed(args.seed)
+    written = generate(
+        model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, num_beams=args.beams,
+        repetition_penalty=args.repetition_penalty, **sampling,
+    )  # fmt: skip
+    for prompt, text in zip(args.prompt, written):
+        print(json.dumps({"prompt": prompt, "written": text}, ensure_ascii=False) if args.json else prompt + text)
+    return OK
+
+
+def load(checkpoint: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint of any system or of transformers. Raises UsageError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from models.training.run import check_base
+    from models.training.tokenizing import with_padding
+
+    systems.register_all()
+    check_base(checkpoint, "CHECKPOINT")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+        tokenizer = with_padding(AutoTokenizer.from_pretrained(checkpoint))
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"{checkpoint}: {str(error).strip().splitlines()[0]}") from error
+    return model, tokenizer
+
+
+def _add_compare(commands: Any, named: str | None) -> None:
+    system = systems.get(named) if named is not None else None
+    if system is not None and system.compare is None:
+        raise UsageError(f"{system.name} has no comparison")
+    parser = commands.add_parser("compare", help="a system against what it should equal", allow_abbrev=False)
+    parser.add_argument("system", metavar="SYSTEM")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    if system is not None:
+        system.add_compare_arguments(parser)
+    parser.set_defaults(run=_compare)
+
+
+def _compare(args: Namespace) -> int:
+    system = systems.get(args.system)
+    assert system.compare is not None
+    if args.json and Path(args.json).exists():
+        raise UsageError(f"{args.json} is there already, and nothing is overwritten")
+    systems.register_all()
+    figures = system.compare(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return OK
+
+
+def _add_diagnose(commands: Any) -> None:
+    parser = commands.add_parser(
+        "diagnose", help="run the suite on a system or a checkpoint", allow_abbrev=False,
+        description="The suite itself: all other options are those of `lmconform check` (--profile, --device, ...).",
+    )  # fmt: skip
+    parser.add_argument("subject", metavar="SYSTEM|CHECKPOINT")
+    parser.set_defaults(run=_diagnose, rest=[])
+
+
+def _diagnose(args: Namespace) -> int:
+    from lmconform.cli import main as lmconform
+
+    if args.subject in systems.names() and not os.path.isdir(args.subject):
+        spec, known = systems.get(args.subject).spec, []
+    elif os.path.isdir(args.subject):
+        spec, known = args.subject, ["--import", "models.training.checkpoints"]
+    else:
+        raise UsageError(
+            f"{args.subject} is no directory and no system; there are the systems {', '.join(systems.names())}"
+        )
+    return lmconform(["check", spec, *known, *args.rest])
