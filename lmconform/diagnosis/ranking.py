@@ -148,12 +148,16 @@ def rank(
     """Causes with scores (0 to 1), likeliest first.
 
     The first is the one that explains all evidence best. Where it leaves red checks unexplained, the one that explains
-    the rest best comes next, and so on: faults that are there at once are then all named.
+    the rest best comes next, and so on: faults that are there at once are then all named. Where so many are there that
+    no cause explains all of it better than an unknown one, each is judged by its own red checks alone.
     """
     if not evidence.red:
         return []
     entries = list(causes)
-    scores = _softmax({cause.id: log_odds(cause, evidence, weights) for cause in entries}, weights)
+    odds = {cause.id: log_odds(cause, evidence, weights) for cause in entries}
+    if max(odds.values()) <= weights.nothing_known and (several := _by_their_own(entries, evidence, most, weights)):
+        return several
+    scores = _softmax(odds, weights)
     by_id = {cause.id: cause for cause in entries}
     order = sorted(entries, key=lambda cause: -scores[cause.id])
     rest = evidence
@@ -170,6 +174,28 @@ def rank(
         share = _softmax(others, weights)[best.id]
         scores[best.id] = max(scores[best.id], min(share, scores[order[place - 1].id]))
     return [(cause, scores[cause.id]) for cause in order[:most]]
+
+
+def _by_their_own(
+    entries: Sequence[CauseEntry], evidence: Evidence, most: int, weights: Weights
+) -> list[tuple[CauseEntry, float]]:
+    """Many faults at once: again and again the cause that explains its own red checks best, then the checks left over.
+
+    A score is the share among all causes for the checks that this one explains.
+    """
+    ranked: list[tuple[CauseEntry, float]] = []
+    rest, left = evidence, list(entries)
+    while rest.red and len(ranked) < most:
+        own = {cause.id: rest.without(set(rest.red) - set(explained(cause, rest))) for cause in left}
+        odds = {cause.id: log_odds(cause, own[cause.id], weights) for cause in left if own[cause.id].red}
+        if not odds or max(odds.values()) <= weights.nothing_known:
+            break
+        best = next(cause for cause in left if cause.id == max(odds, key=lambda id: odds[id]))
+        rivals = {cause.id: log_odds(cause, own[best.id], weights) for cause in left}
+        ranked.append((best, _softmax(rivals, weights)[best.id]))
+        rest = rest.without(accounted_for(best, rest) or explained(best, rest))
+        left.remove(best)
+    return sorted(ranked, key=lambda pair: -pair[1])
 
 
 def _softmax(values: Mapping[str, float], weights: Weights) -> dict[str, float]:
