@@ -95,8 +95,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long runs are left out unless the command line says -m slow or names a test."""
-    if "slow" in config.option.markexpr or any("::" in str(arg) for arg in config.args):
+    """Long runs are left out unless the command line says -m slow or --benchmark-only, or names a test."""
+    benchmarks = getattr(config.option, "benchmark_only", False)
+    if benchmarks or "slow" in config.option.markexpr or any("::" in str(arg) for arg in config.args):
         return
     left = [item for item in items if item.get_closest_marker("slow")]
     if left:

@@ -2,7 +2,7 @@
 
     pytest tests/benchmarks/test_positional.py --benchmark-only -k alibi --benchmark-group-by group
 
-Without --benchmark-only those of the own decoder run once, so that a broken benchmark is seen.
+Without --benchmark-only those of the own decoder run once, so that a broken benchmark is seen; the others are slow.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 
 from fixtures.subjects import positional
 
-ASKED = "--benchmark-only" in sys.argv
-"""Otherwise a benchmark runs once, and of the grafts none: their tests are elsewhere."""
+ASKED = "--benchmark-only" in sys.argv  # otherwise a benchmark runs once
 
 COMBINATIONS = [
     pytest.param(
         base,
         variant,
         id=f"{base}_{variant or 'of_transformers'}",
-        marks=pytest.mark.skipif(base != "own" and not ASKED, reason="timed with --benchmark-only"),
+        marks=[pytest.mark.slow] if base != "own" else [],
     )
     for base in positional.BASES
     for variant in (*positional.VARIANTS, *([None] if base != "own" else []))

@@ -99,6 +99,7 @@ def test_interruption_ends_the_child_and_shows_the_ledger(
     process = subprocess.Popen(
         [sys.executable, "-m", "lmconform", *arguments],
         env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a run in the background ignores it
     )  # fmt: skip
     until = time.monotonic() + 30
     while not (children := psutil.Process(process.pid).children()) and time.monotonic() < until:
