@@ -8,12 +8,12 @@ each fault to --json FILE; a run that was cut short is taken up again where it s
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,21 +149,21 @@ def measure(ids: list[str], file: Path, seed: int, profile: str, jobs: int) -> N
             rows[SOUND + host] = append(file, attempted(SOUND + host, seed, profile, {}))
         known[host] = {result["id"]: result for result in rows[SOUND + host]["results"]}
     left = [id for id in ids if id not in rows]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=120) as pool:
-        futures = [pool.submit(attempted, id, seed, profile, known) for id in left]
-        for number, future in enumerate(futures, 1):
-            row = append(file, future.result())
+    task = functools.partial(attempted, seed=seed, profile=profile, known=known)
+    with get_context("spawn").Pool(jobs, maxtasksperchild=60) as pool:
+        for number, found in enumerate(pool.imap(task, left), 1):
+            row = append(file, found)
             red = [result["id"] for result in row.get("results", ()) if result["status"] in RED]
             print(f"{number}/{len(left)} {row['fault']} {row.get('seconds', 0):.1f} s: "
                   f"{row.get('error') or ', '.join(red)}", flush=True)  # fmt: skip
 
 
-def attempted(*given: Any) -> dict[str, Any]:
+def attempted(id: str, seed: int, profile: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """`measured`, or the reason why it could not be: one fault does not end the run."""
     try:
-        return examined(measured(*given))
+        return examined(measured(id, seed, profile, known))
     except Exception as error:
-        return {"fault": given[0], "error": f"{type(error).__name__}: {error}"}
+        return {"fault": id, "error": f"{type(error).__name__}: {error}"}
 
 
 def append(file: Path, row: dict[str, Any]) -> dict[str, Any]:
