@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils.generic import can_return_tuple
 
 from models.layers import attention, turn
 from models.layers.initialisation import SelfInitialised
@@ -92,7 +93,7 @@ class InitialisesEncoding(PreTrainedModel):
 
 
 class Grafted(ReadsTokens, InitialisesEncoding):
-    """Mixin before a base's ...ForCausalLM: prepares what its forward is given."""
+    """Mixin before a base's ...ForCausalLM: its forward, given what the encoding makes of the inputs."""
 
     encoding: PositionEncoding
 
@@ -102,6 +103,23 @@ class Grafted(ReadsTokens, InitialisesEncoding):
     def install(self, encoding: PositionEncoding) -> None:
         """Make `encoding` this model's own."""
         self.encoding = encoding
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As the base's, positions counted from the mask where none are given."""
+        prepared = self.prepare(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        return super().forward(labels=labels, logits_to_keep=logits_to_keep, **prepared, **kwargs)
 
     def prepare(
         self,

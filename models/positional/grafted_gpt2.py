@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Cache, GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
+from transformers import GPT2LMHeadModel, GPT2Model, GPT2PreTrainedModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
-from transformers.utils.generic import can_return_tuple
 
 from models.positional.config import PositionalGPT2Config
 from models.positional.grafted import Grafted, GraftedAttention, InitialisesEncoding, NoTable
@@ -69,22 +68,8 @@ class PositionalGPT2ForCausalLM(Grafted, GPT2LMHeadModel):
         self.install(make_encoding(config))
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """As GPT2LMHeadModel, positions counted from the mask where none are given."""
-        prepared = self.prepare(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+    def prepare(self, *inputs: Any) -> dict[str, Any]:
+        """GPT-2 makes no angles itself: they go along, to the attention of every layer."""
+        prepared = super().prepare(*inputs)
         turned = self.encoding(prepared["inputs_embeds"], prepared["position_ids"])
-        if turned is not None:
-            prepared["position_embeddings"] = turned
-        return super().forward(labels=labels, logits_to_keep=logits_to_keep, **prepared, **kwargs)
+        return prepared if turned is None else {**prepared, "position_embeddings": turned}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
-from transformers import Cache, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
-from transformers.utils.generic import can_return_tuple
 
 from models.positional.config import PositionalLlamaConfig
 from models.positional.encoding import PositionEncoding
@@ -77,20 +74,3 @@ class PositionalLlamaForCausalLM(Grafted, LlamaForCausalLM):
         super().install(encoding)
         if encoding.turns:
             self.model.rotary_emb = encoding
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """As LlamaForCausalLM, positions counted from the mask where none are given."""
-        prepared = self.prepare(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
-        return super().forward(labels=labels, logits_to_keep=logits_to_keep, **prepared, **kwargs)
