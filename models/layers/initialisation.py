@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -13,15 +14,15 @@ class ResidualProjection(nn.Linear):
     """A linear map whose output is added to the residual stream: it starts smaller the deeper the model is."""
 
 
-class SelfInitialised(nn.Module):
+class SelfInitialised(nn.Module, ABC):
     """A module that fills its own parameters and buffers, after meta-device construction too.
 
     `initialise` writes through `transformers.initialization`, which leaves alone what a checkpoint has filled.
     """
 
+    @abstractmethod
     def initialise(self, std: float) -> None:
         """Fill what belongs to this module alone; `std` is the config's initializer_range."""
-        raise NotImplementedError
 
 
 class ExactBuffers(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class NoRotation(nn.Module):
         return None
 
 
-class GraftedAttention(nn.Module):
+class GraftedAttention(nn.Module, ABC):
     """A base's attention that turns q and k only where it is told to.
 
     Subclasses come before the base's own class and say how it projects (`project`) and closes (`close`).
@@ -41,16 +42,17 @@ class GraftedAttention(nn.Module):
     layer_idx: int
     scaling: float
 
+    @abstractmethod
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [batch, heads or key heads, time, head_dim] of [batch, time, hidden_size]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self, mixed: Tensor) -> Tensor:
         """The output projection of [batch, time, heads * head_dim]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dropout_rate(self) -> float:
-        raise NotImplementedError
+        """Of the attention weights, 0 outside training."""
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from models.positional.math_adaptive import MathAdaptive
 from models.positional.methods import make_encoding
 
 
-class ReadsTokens:
+class ReadsTokens(ABC):
     """What token tables need of their model: a tokenizer once, and to stay as long as the vocabulary."""
 
+    @abstractmethod
     def position_encoding(self) -> PositionEncoding:
-        raise NotImplementedError
+        """The one encoding that every layer shares."""
 
     def read_tokenizer(self, tokenizer: Any) -> None:
         """Build math_adaptive's per-token tables, saved with the model; the other methods need none."""
