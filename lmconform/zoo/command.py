@@ -1,4 +1,4 @@
-"""`lmconform zoo`: its options, the server process it talks to, and what becomes of the rows.
+"""`lmconform zoo`: its options, and what becomes of the rows.
 
 This process imports neither torch nor transformers.
 """
@@ -6,36 +6,24 @@ This process imports neither torch nor transformers.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import fnmatch
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lmconform.expected import ExpectedError, known_deviations
 from lmconform.options import OptionError
 from lmconform.registry import PROFILES, UnknownCheck, select_checks
 from lmconform.results import EXECUTED, SCHEMA_VERSION, write_whole
+from lmconform.zoo.client import Refused, Server, ServerError
 from lmconform.zoo.journal import Journal, ResumeError, differences, journal_of, read_earlier, source_digest
 from lmconform.zoo.rows import Row, idle_entries, totals
 
-GIB = 2**30
 DEFAULTS: dict[str, Any] = {"profile": "smoke", "select": [], "deselect": [], "device": "cpu", "seed": 0, "known": True}
-
-
-class ServerError(RuntimeError):
-    """The process that imports transformers failed: our own error (exit code 3)."""
-
-
-class Refused(ValueError):
-    """The server cannot run what was asked for: a device that is not there (exit code 2)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=_count, default=cores(), metavar="N", help="types at once (default: %(default)s)"
     )
+    parser.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="ray: spread the types over a Ray cluster"
+    )
+    parser.add_argument(
+        "--ray-address", metavar="ADDRESS", help="a running cluster's, or auto (default: one is started here)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; finished rows are kept beside it")
+    parser.add_argument("--parquet", metavar="FILE", help="write the rows as Parquet too (needs the extra: ray)")
     parser.add_argument(
         "--resume", metavar="FILE", help="go on with the run whose --json was FILE: only types without a row are run"
     )
@@ -98,8 +93,12 @@ def _run(args: argparse.Namespace) -> int:
     checks = select_checks(settings["profile"], settings["select"], settings["deselect"])
     if not checks:
         raise OptionError(f"no check is left of profile {settings['profile']} after --select and --deselect")
+    if args.parquet:
+        from lmconform.zoo.parquet import writable, write_parquet
+
+        writable(Path(args.parquet))
     console = Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
-    with Server() as server:
+    with _engine(args) as server:
         patterns = args.types or earlier.get("patterns", [])
         types = choose_types(patterns, server.types)
         versions = {**server.versions, "lmconform": f"{server.versions.get('lmconform', '')}+{source_digest()}"}
@@ -141,11 +140,24 @@ def _run(args: argparse.Namespace) -> int:
     if report:
         _write(report, run, sums, rows, notes)
         journal_of(report).unlink()
+    if args.parquet:
+        write_parquet(Path(args.parquet), run, rows)
     if any(row.own_error for row in rows):
         print("lmconform zoo: lmconform itself failed in a type above", file=sys.stderr)
         return 3
     ran = any(sums["checks"].get(status) for status in EXECUTED)
     return 0 if ran and not sums["red"] and not sums["stale"] else 1
+
+
+def _engine(args: argparse.Namespace) -> Any:
+    """What runs the types: `types`, `versions` and `run(types, settings, args)`, within a `with` block."""
+    if args.engine == "local":
+        if args.ray_address:
+            raise OptionError("--ray-address is for --engine ray")
+        return Server()
+    from lmconform.zoo.ray_engine import RayEngine
+
+    return RayEngine(args.jobs, args.ray_address)
 
 
 def _report_path(args: argparse.Namespace) -> Path | None:
@@ -247,77 +259,3 @@ def _positive(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
     return number
-
-
-class Server(contextlib.AbstractContextManager["Server"]):
-    """The child process of lmconform.zoo.server, ready once it has imported transformers. Raises ServerError."""
-
-    def __init__(self) -> None:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
-        boot = f"import sys; sys.path[:] = {sys.path!r}; from lmconform.zoo.server import main; main()"
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for CUDA must not start its driver
-        }  # fmt: skip
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", boot], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env=environment, start_new_session=True,  # Ctrl-C is for the command; the server ends when stdin closes
-        )  # fmt: skip
-        try:
-            ready = self._event()
-        except BaseException:
-            self.__exit__()
-            raise
-        self.types: list[str] = ready["types"]
-        self.versions: dict[str, str] = ready["versions"]
-
-    def __exit__(self, *error: object) -> None:
-        """Closing its stdin lets the server kill its children and end; one that does not is killed."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._errors.close()
-
-    def run(self, types: list[str], settings: dict[str, Any], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-        """`started` and `row` events until every type has its row."""
-        return self.run_subjects([(type, f"transformers:{type}") for type in types], settings, args)
-
-    def run_subjects(
-        self, subjects: list[tuple[str, str]], settings: dict[str, Any], args: argparse.Namespace
-    ) -> Iterator[dict[str, Any]]:
-        """The same for (name, SPEC) pairs. Raises Refused, ServerError."""
-        assert self._process.stdin is not None
-        request = {
-            "subjects": subjects,
-            "options": {
-                **settings,
-                "timeout": max(1.0, args.timeout / 2),
-            },  # one hanging check leaves time to the others
-            "jobs": args.jobs,
-            "timeout": args.timeout,
-            "memory": int(args.memory * GIB),
-        }
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        while (event := self._event())["event"] != "done":
-            if event["event"] == "refused":
-                raise Refused(event["reason"])
-            yield event
-
-    def _event(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            tail = self._errors.read().decode(errors="replace").strip()[-2000:]
-            raise ServerError(f"the process that imports transformers ended ({self._process.returncode}):\n{tail}")
-        event: dict[str, Any] = json.loads(line)
-        return event

@@ -62,7 +62,7 @@ class Child:
 
 
 def main() -> None:
-    """Serve one request, then end."""
+    """Serve requests until stdin closes."""
     protocol = os.dup(1)
     os.dup2(2, 1)  # whatever an import prints must not run into the protocol
     send = _sender(protocol)
@@ -71,19 +71,19 @@ def main() -> None:
     from lmconform.shrinking import causal_types
 
     send({"event": "ready", "types": causal_types(), "versions": versions()})
-    line = sys.stdin.buffer.readline()
-    if not line.strip():
-        return
-    request = Request(**json.loads(line))
-    if fault := _unusable(request):
-        send({"event": "refused", "reason": fault})
-        return
-    folder = tempfile.mkdtemp(prefix="lmconform-zoo-")
-    try:
-        Pool(request, send, folder).run()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    send({"event": "done"})
+    requests = os.fdopen(0, "rb", buffering=0, closefd=False)  # unbuffered: the pool watches the descriptor
+    while line := requests.readline():
+        request = Request(**json.loads(line))
+        if fault := _unusable(request):
+            send({"event": "refused", "reason": fault})
+            continue
+        folder = tempfile.mkdtemp(prefix="lmconform-zoo-")
+        try:
+            if not Pool(request, send, folder).run():
+                return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        send({"event": "done"})
 
 
 def _sender(descriptor: int) -> Send:
@@ -142,7 +142,8 @@ class Pool:
         self.selector = selectors.DefaultSelector()
         self.running: list[Child] = []
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Whether all have ended, rather than the command that asked for them."""
         self.selector.register(0, selectors.EVENT_READ, None)
         waiting = list(reversed(self.request.subjects))
         try:
@@ -151,14 +152,16 @@ class Pool:
                     self._start(*waiting.pop())
                 ending = any(child.silent for child in self.running)
                 for key, _ in self.selector.select(TICK / 50 if ending else TICK):
-                    if key.data is None:  # the command sends nothing more: it is gone
-                        return
+                    if key.data is None:  # the command sends nothing before the end: it is gone
+                        return False
                     self._read(key.data, key.fd)
                 for child in list(self.running):
                     self._look_after(child)
+            return True
         finally:
             for child in self.running:
                 _kill(child.pid)
+            self.selector.close()
 
     def _start(self, type: str, spec: str) -> None:
         events, events_in = os.pipe()
