@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmconform.options import make_options
+from lmconform.options import make_options, require_writable
+from lmconform.report.html import require_libraries
 from lmconform.results import Report
 from lmconform.session import Session
 
@@ -20,6 +21,9 @@ def check_model(subject: Any, profile: str = "default", **options: Any) -> Repor
         assert report.ok, report.failed
     """
     chosen = make_options({"profile": profile, **options})
+    require_writable(chosen.json, chosen.html)
+    if chosen.html:
+        require_libraries()
     if chosen.isolate:
         from lmconform.isolation import check_isolated
 

@@ -1,4 +1,5 @@
-"""The command line: `lmconform check`, `list`, `explain`, `zoo`, `sweep`, `snapshot`, `compare`.
+"""The command line: `lmconform check`, `list`, `explain`, `zoo`, `sweep`, `bench`, `snapshot`,
+`compare`, `report`.
 
 The process of `check` never imports torch.
 """
@@ -27,7 +28,7 @@ from lmconform.diagnosis.catalogue import CauseEntry, catalogue
 from lmconform.diagnosis.ranking import RELIABILITY
 from lmconform.expected import ExpectedError, draft, known_deviations, read_expected
 from lmconform.isolation import Child, WorkerFailure
-from lmconform.options import NAMES, OptionError, Options, make_options, read_ini
+from lmconform.options import NAMES, OptionError, Options, make_options, read_ini, require_writable
 from lmconform.registry import CAPABILITIES, PROFILES, Check, UnknownCheck, all_checks, select_checks, unknown_id
 from lmconform.results import Report, Result, write_whole
 from lmconform.runner import run_all
@@ -147,6 +148,16 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         command.add_arguments(sweep)
         sweep.set_defaults(run=command.main)
 
+    bench = commands.add_parser(
+        "bench", help="time a model against a peer", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    if arguments[:1] == ["bench"]:
+        from lmconform.bench import command as benching
+
+        benching.add_arguments(bench)
+        bench.set_defaults(run=benching.main)
+
     snapshot = commands.add_parser(
         "snapshot", help="keep what a model does in a file", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -162,6 +173,13 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         snapshot.set_defaults(run=snapshots.snapshot_main)
         snapshots.add_compare_arguments(compare)
         compare.set_defaults(run=snapshots.compare_main)
+
+    report = commands.add_parser("report", help="make an HTML page of JSON reports", allow_abbrev=False)
+    if arguments[:1] == ["report"]:
+        from lmconform.report import command as pages
+
+        pages.add_arguments(report)
+        report.set_defaults(run=pages.main)
     return parser
 
 
@@ -261,18 +279,13 @@ def _json_files(specs: Sequence[str], pattern: str | None) -> dict[str, str]:
 
 def _refuse_early(options: Options, files: Sequence[str | None], new: str | None) -> None:
     """Say what is wrong with the options before any subject is built, once."""
-    for file in filter(None, files):
-        folder = Path(file).parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise OptionError(f"{file}: {folder} is no folder that can be written to")
-        if Path(file).is_dir():
-            raise OptionError(f"{file} is a folder; name a file")
+    require_writable(*files)
     if new and Path(new).exists():
         raise OptionError(f"--write-expected {new}: it exists, and is never overwritten")
     if options.html:
-        from lmconform.report.html import template
+        from lmconform.report.html import require_libraries
 
-        template()
+        require_libraries()
     if options.known:
         known_deviations()
     if not options.import_:  # a module that is imported first may register checks: then only the child knows them all

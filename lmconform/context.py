@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmconform import tolerance
+from lmconform import charts, tolerance
 from lmconform.cases import Case
 from lmconform.specimen import Specimen, Unavailable, random_ids
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lmconform.charts import Chart
     from lmconform.registry import Check
 
 __all__ = ["Context", "Hint", "Unavailable", "Violation"]
@@ -77,6 +78,8 @@ class Context:
         self.notes: list[str] = []
         self.case: Case | None = None
         self.tightest: tuple[float, float, str] | None = None  # measured, allowed, where
+        self._charts: dict[str, Chart] = {}
+        self._compared: tuple[float, float, tuple[Chart, ...]] | None = None  # the tightest of `equal`
         self._cases = tuple(cases) or check.grid
 
     # -- inputs ----------------------------------------------------------------------------------------------------
@@ -152,7 +155,11 @@ class Context:
         difference = difference.nan_to_num(nan=0.0, posinf=math.inf)  # inf - inf: equal infinities
         worst = int(difference.argmax())
         place = _place(_unravel(worst, difference.shape), axes)
-        self.within(float(difference.flatten()[worst]), allowed, message, where=_join(where, place), hint=hint)
+        measured = float(difference.flatten()[worst])
+        if self._compared is None or (margin(measured, allowed) or 0) >= (margin(*self._compared[:2]) or 0):
+            case = str(self.case or where)
+            self._compared = measured, allowed, by_position(difference, axes, allowed=allowed, case=case)
+        self.within(measured, allowed, message, where=_join(where, place), hint=hint)
 
     def differs(self, actual: Tensor, other: Tensor, message: str, *, where: str = "", hint: str = "") -> None:
         """The tensors differ by more than rounding: something that must matter does. Otherwise Violation."""
@@ -183,10 +190,33 @@ class Context:
         """Leave the check: the property has no meaning for this subject."""
         raise Unavailable(reason)
 
+    def record(self, chart: Chart) -> None:
+        """Keep figures for the report's pictures; a later chart of the same title takes the place of the earlier."""
+        self._charts[chart.title] = chart
+
+    def charts(self, shown: tuple[float | None, float | None]) -> tuple[Chart, ...]:
+        """What was recorded, and the differences by position if `shown` (measured, allowed) is what they came to."""
+        compared = self._compared[2] if self._compared is not None and self._compared[:2] == shown else ()
+        return (*self._charts.values(), *compared)
+
     def note(self, text: str) -> None:
         """A remark that goes into the result's message, also on green."""
         if text not in self.notes:
             self.notes.append(text)
+
+
+def by_position(difference: Tensor, axes: Sequence[str], *, allowed: float, case: str) -> tuple[Chart, ...]:
+    """The largest difference at each position, or pair of positions; nothing where `axes` name none, or one place."""
+    kept = [index for index, name in enumerate(axes) if "position" in name]
+    if len(axes) != difference.dim() or not 1 <= len(kept) <= 2 or min(difference.shape[index] for index in kept) < 2:
+        return ()
+    rest = [index for index in range(len(axes)) if index not in kept]
+    worst = (difference.amax(dim=rest) if rest else difference).tolist()
+    if len(kept) == 1:
+        lines = {"largest difference": worst}
+        return (charts.curves("Error by position", "position", "error", lines, bound=allowed, log="y", case=case),)
+    labels = axes[kept[1]], axes[kept[0]]
+    return (charts.table("Error by position", *labels, worst, bound=allowed, case=case),)
 
 
 def _unravel(index: int, shape: Sequence[int]) -> list[int]:

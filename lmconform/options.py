@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -82,6 +82,8 @@ def read_ini(folder: Path) -> dict[str, Any]:
     file = folder / "pyproject.toml"
     if not file.is_file():
         return {}
+    import tomllib  # here, because every start of pytest imports this module
+
     try:
         tools = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
     except tomllib.TOMLDecodeError as error:
@@ -105,6 +107,16 @@ def read_ini(folder: Path) -> dict[str, Any]:
         if name == "expected":
             table[key] = str(folder / value)
     return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def require_writable(*files: str | None) -> None:
+    """Raises OptionError, before any work is done, for a file to be written that is a folder or stands in none."""
+    for file in filter(None, files):
+        folder = Path(file).parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise OptionError(f"{file}: {folder} is no folder that can be written to")
+        if Path(file).is_dir():
+            raise OptionError(f"{file} is a folder; name a file")
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

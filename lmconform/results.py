@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from lmconform import charts
+from lmconform.charts import Chart
 
 SCHEMA_VERSION = 1
 
@@ -53,14 +57,21 @@ class Result:
     repro: str = ""
     seconds: float = 0.0
     suspects: tuple[str, ...] = ()  # ids of the causes that this check's own measurement points at, likeliest first
+    charts: tuple[Chart, ...] = ()  # what it measured by position, layer, rate or step
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: jsonable(value) for key, value in asdict(self).items()}
+        """Plain types, as in JSON; the key charts is there only where the check has some."""
+        plain = [field.name for field in fields(self) if field.name != "charts"]
+        data = {name: jsonable(getattr(self, name)) for name in plain}
+        if self.charts:
+            data["charts"] = [jsonable(charts.to_dict(chart)) for chart in self.charts]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Result:
         data = dict(data, status=Status(data["status"]))
         data["suspects"] = tuple(data.get("suspects", ()))
+        data["charts"] = tuple(charts.from_dict(chart) for chart in data.get("charts", ()))
         for key in ("measured", "allowed", "margin", "seconds"):
             if isinstance(data.get(key), str):
                 data[key] = float(data[key])
@@ -156,7 +167,7 @@ class Report:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON form; the file appears whole or not at all."""
-        write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_whole(path, as_json(self.to_dict()))
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained HTML page; the file appears whole or not at all."""
@@ -178,6 +189,13 @@ def jsonable(value: Any) -> Any:
     return value
 
 
+def as_json(data: Any) -> str:
+    """Indented JSON in which a list of numbers takes one line."""
+    text = json.dumps(data, indent=2) + "\n"
+    # a line break inside a string is escaped, so these brackets are a list's own
+    return re.sub(r"\[\s+([-+.\de,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+
+
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Write beside the target, then move into place, so that a reader never sees half a file."""
     target = Path(path)
@@ -192,6 +210,14 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
 
 
 PROCESS = ("the process ", "did not end within", "the subject could not be built", "ran out of memory")
+
+
+UNMEASURED = "lmconform could not measure it on what the model gave: "
+
+
+def of_the_instrument(result: Result) -> bool:
+    """Whether an error was raised by lmconform's own code: it says nothing of what is wrong with the model."""
+    return result.status == Status.error and result.message.startswith(UNMEASURED)
 
 
 def of_the_process(result: Result) -> bool:

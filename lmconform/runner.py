@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sysconfig
 import threading
 import time
 import traceback
@@ -21,7 +22,7 @@ from lmconform.conventions import first_line
 from lmconform.global_state import global_state_kept
 from lmconform.minimise import search, smallest
 from lmconform.registry import Check, get_check
-from lmconform.results import Result, Status
+from lmconform.results import UNMEASURED, Result, Status
 from lmconform.specimen import Unavailable
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ CHECK_TIMEOUT = 120.0  # seconds after which a single check counts as hanging
 SHRINK_SECONDS = 4.0
 PACKAGE = str(Path(__file__).parent) + "/"
 MEASURING = (f"{PACKAGE}checks/", f"{PACKAGE}measuring/")
+LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
 
 
 P = TypeVar("P")
@@ -135,6 +137,7 @@ class Runner:
         if context.tightest is not None:
             result.measured, result.allowed, result.where = context.tightest
             result.margin = margin(result.measured, result.allowed)
+        result.charts = context.charts((result.measured, result.allowed))
         return result
 
     def _red(self, check: Check, context: Context, violation: Violation) -> Result:
@@ -146,7 +149,9 @@ class Runner:
             small = smallest(check, self.subject, violation.case, seed=self.seed, seconds=SHRINK_SECONDS)
             if small is not None and self._denied_by_float64(check, small):
                 small = None  # shrunk into rounding: the first case stands
-        return self._violated(check, violation, small, context.notes)
+        result = self._violated(check, violation, small, context.notes)
+        result.charts = context.charts((violation.measured, violation.allowed))  # of the first case: it shows more
+        return result
 
     def _denied_by_float64(self, check: Check, violation: Violation) -> str:
         """Why a narrow red is rounding and no fault: the float64 copy shows nothing. Empty where it stands."""
@@ -342,11 +347,22 @@ def _origin(error: BaseException) -> str:
 def _raised(error: Exception) -> str:
     """What raised, in words: the model, or a check that could not read what the model gave."""
     text = f"{type(error).__name__}: {first_line(error)}"
-    inner = traceback.extract_tb(error.__traceback__)[-1]
-    if inner.filename.startswith(MEASURING):
-        place = f"{Path(inner.filename).name}:{inner.lineno}"
-        return f"lmconform could not measure it on what the model gave: {text} (at lmconform's {place})"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = max((place for place, frame in enumerate(frames) if frame.filename.startswith(PACKAGE)), default=-1)
+    if frames[ours].filename.startswith(MEASURING) and not any(map(_of_the_model, frames[ours + 1 :])):
+        place = f"{Path(frames[ours].filename).name}:{frames[ours].lineno}"
+        return f"{UNMEASURED}{text} (at lmconform's {place})"
     return f"the model raised {text}{_origin(error)}"
+
+
+def _of_the_model(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame below lmconform's last is the subject's code, or torch that runs it: a module, or autograd.
+
+    What torch or Python's library raise when a check calls an operation of its own is the check's doing.
+    """
+    if "/torch/" in frame.filename:
+        return frame.name in ("_call_impl", "backward") or "/torch/autograd/" in frame.filename
+    return not frame.filename.startswith(LIBRARY) or "/site-packages/" in frame.filename
 
 
 def _name(dtype: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lmconform import charts
 from lmconform.cases import Choice, Span
 from lmconform.checks.causality import known_leak
 from lmconform.checks.positions import SUBSET, states
@@ -47,6 +48,11 @@ def check_gradient(subject: Specimen, ctx: Context) -> None:
                 [dependence(subject, ctx, ids, projection, [t], with_mask=case.mask == "ones") for t in range(time)]
             )
         where = f"mask {case.mask}"
+        ctx.record(
+            charts.table(
+                "Which token each position feels", "token s", "logits at t", table.tolist(), future=True, case=str(case)
+            )
+        )
         ahead = table.triu(1)
         worst = divmod(int(ahead.argmax()), time)
         ctx.within(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lmconform import charts
 from lmconform.checks.shared_sweep import good_rate, trainable_size
 from lmconform.context import Hint
 from lmconform.registry import register_check
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 REQUIRES = ("contract.shape", "contract.finite")
 STEPS = 100
+LOOKS = 5  # steps from one look at the predicted shares to the next
 ROWS, TIME = 4, 16  # of the corpus made by rule
 EOS_TIMES = 2.0  # how many times its true frequency the end-of-text token may be predicted
 SLACK = 0.05  # of probability: what so few steps may leave
@@ -44,7 +46,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to. `shares` [vocab]: the mean prediction where labels count; `corpus` [vocab]: the text's."""
+    """What training came to. `shares` [vocab]: the mean prediction where labels count; `corpus` [vocab]: the text's.
+
+    `course` holds the mean prediction [vocab] in training, every LOOKS steps.
+    """
 
     specimen: Specimen
     shares: Tensor
@@ -52,6 +57,7 @@ class Trained:
     text: list[list[int]]
     said_of: str
     rate: float
+    course: list[Tensor]
 
 
 _trained: weakref.WeakKeyDictionary[Specimen, dict[tuple[int, str], Trained]] = weakref.WeakKeyDictionary()
@@ -73,6 +79,7 @@ def check_tokens(subject: Specimen, ctx: Context) -> None:
     found = trained(subject, ctx)
     shares, corpus = found.shares, found.corpus
     end = end_of_text(subject)
+    ctx.record(_course(found, end))
     text = f"of {found.said_of}"
     spread, own = math.exp(_entropy(shares)), math.exp(_entropy(corpus))
     top = int(shares.argmax())
@@ -195,10 +202,14 @@ def _train(subject: Specimen, ctx: Context) -> Trained:
             return own(logits, labels)
         return cross_entropy(logits[:, :-1], labels[:, 1:]) if shifts else cross_entropy(logits, labels)
 
+    course: list[Tensor] = []
     for step in range(STEPS):
         example = examples[step % len(examples)]
         optimizer.zero_grad()
-        value = loss(_logits(copy, example, train=True), example.labels)
+        logits = _logits(copy, example, train=True)
+        if step % LOOKS == 0:
+            course.append(logits.detach()[_counted(example, shifts)].softmax(-1).mean(0))
+        value = loss(logits, example.labels)
         if not bool(value.isfinite()):
             ctx.fail(
                 f"the loss is {float(value)} at step {step} of training at rate {rate:.2g}",
@@ -219,8 +230,9 @@ def _train(subject: Specimen, ctx: Context) -> Trained:
     for row in rows:
         text += torch.bincount(torch.tensor(row[1:] or row, dtype=torch.long), minlength=len(text))
     return Trained(
-        copy, shares / shares.sum(), text.double() / text.sum(), [row for row in rows if row] or [[]], said_of, rate
-    )
+        copy, shares / shares.sum(), text.double() / text.sum(), [row for row in rows if row] or [[]], said_of, rate,
+        course,
+    )  # fmt: skip
 
 
 def _counted(example: Example, shifts: bool) -> Tensor:
@@ -278,6 +290,19 @@ def _example(subject: Specimen, batch: Any) -> Example:
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
+
+
+def _course(found: Trained, end: int | None) -> charts.Curves:
+    """Shares of the predicted probability over training, beside those of the text."""
+    lines = {
+        "most likely token": [float(shares.max()) for shares in found.course],
+        "most frequent one in the text": [float(found.corpus.max())] * len(found.course),
+    }
+    if end is not None:
+        lines["end, predicted"] = [float(shares[end]) for shares in found.course]
+        lines["end, in the text"] = [float(found.corpus[end])] * len(found.course)
+    steps = range(0, STEPS, LOOKS)
+    return charts.curves("Token shares over training", "step", "share predicted", lines, x=steps)
 
 
 def _entropy(shares: Tensor) -> float:

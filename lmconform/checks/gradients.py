@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from lmconform import structure, tolerance
+from lmconform import charts, structure, tolerance
 from lmconform.cases import Choice
 from lmconform.checks.unused_parameters import declared_unused
 from lmconform.context import Hint
@@ -165,6 +166,7 @@ def check_magnitude(subject: Specimen, ctx: Context) -> None:
     for owner in owners:
         squares = [float(g.double().square().sum()) for p in owner if (g := grads[id(p)]) is not None]
         norms.append(sum(squares) ** 0.5)
+    ctx.record(charts.curves("Gradient norm by block", "block", "gradient norm", {"at the start": norms}, log="y"))
     profile = "gradient norms by block: " + " ".join(f"{norm:.3g}" for norm in norms)
     top, names = max(norms), [f"{prefix}.{index}" for index in range(len(norms))]
     for name, norm in zip(names, norms, strict=True):
@@ -264,12 +266,16 @@ def count_calls(module: nn.Module) -> dict[int, int]:
 
 
 def unreached(subject: Specimen, grads: dict[str, Tensor | None]) -> dict[str, list[int]]:
-    """Parameters whose gradient is missing or below rounding, and which rows (all: an empty list)."""
+    """Parameters whose gradient is missing or below rounding, and which features (all: an empty list).
+
+    Features are the output rows of a linear layer and the columns of an embedding table.
+    """
     from torch import nn
 
     top = max((float(g.abs().max()) for g in grads.values() if g is not None), default=0.0)
     floor = tolerance.FACTOR * tolerance.epsilon(subject.dtype) * top
     linear = {f"{name}.weight" for name, part in subject.module.named_modules() if isinstance(part, nn.Linear)}
+    tables = embedding_tables(subject)
     found: dict[str, list[int]] = {}
     for name, grad in grads.items():
         if grad is None or float(grad.abs().max()) <= floor:
@@ -278,11 +284,22 @@ def unreached(subject: Specimen, grads: dict[str, Tensor | None]) -> dict[str, l
             rows = (grad.abs().amax(dim=1) <= floor * 1e-3).nonzero().flatten().tolist()
             if rows:
                 found[name] = rows
+        elif name in tables:
+            columns = (grad.abs().amax(dim=0) <= floor).nonzero().flatten().tolist()
+            if columns:
+                found[name] = columns
     return found
 
 
+def embedding_tables(subject: Specimen) -> set[str]:
+    """Names of the weights of embeddings: their rows are tokens, their columns features."""
+    from torch import nn
+
+    return {f"{name}.weight" for name, part in subject.module.named_modules() if isinstance(part, nn.Embedding)}
+
+
 def still_unreached(before: dict[str, list[int]], now: dict[str, list[int]]) -> dict[str, list[int]]:
-    """What was unreached both times; of a parameter only the rows that were."""
+    """What was unreached both times; of a parameter only the features that were."""
     left: dict[str, list[int]] = {}
     for name, rows in before.items():
         if name not in now:
@@ -312,8 +329,10 @@ def judge_suspects(
     excused["invariant"] = []
     unused = {name for names in excused.values() for name in names}
     findings: list[tuple[int, int, str, str, str]] = []
+    tables = embedding_tables(quiet)
     for index, (name, rows) in enumerate(suspects.items()):
         parameter = parameters[name]
+        kind, axis = ("column", 1) if name in tables else ("row", 0)
         if name in unused:
             continue
         original = parameter.detach().clone()
@@ -323,13 +342,16 @@ def judge_suspects(
             step = drawn * size
             if rows:
                 kept = torch.zeros_like(step)
-                kept[rows] = step[rows]
-                step = kept
+                chosen = torch.tensor(rows, device=step.device)
+                step = kept.index_copy(axis, chosen, step.index_select(axis, chosen))
             parameter.add_(step)
             change = float((moved.logits(ids).double() - base.double()).abs().max())
             parameter.copy_(original)
-        what = f"{len(rows)} of {len(original)} output rows of {name} get" if rows else f"{name} gets"
-        place = name + (f" (rows {', '.join(map(str, rows[:6]))}{', ...' if len(rows) > 6 else ''})" if rows else "")
+        what, place = f"{name} gets", name
+        if rows:
+            features = "output rows" if axis == 0 else "columns"
+            what = f"{len(rows)} of {original.shape[axis]} {features} of {name} get"
+            place += f" ({kind}s {', '.join(map(str, rows[:6]))}{', ...' if len(rows) > 6 else ''})"
         order = index - 2 * parameter.dim()  # matrices before the biases beside them
         if change > bound:
             findings.append((
@@ -349,7 +371,7 @@ def judge_suspects(
                     "grad.dead_parameter",
                 ),
             ))  # fmt: skip
-        elif parameter.dim() <= 1 and name.rpartition(".")[2].endswith("bias"):
+        elif _is_bias(name.rpartition(".")[2], parameter):
             excused["invariant"].append(name)
         else:
             findings.append((
@@ -369,6 +391,11 @@ def judge_suspects(
     for reason, names in excused.items():
         if names:
             ctx.note(f"without a gradient, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+
+
+def _is_bias(leaf: str, parameter: Tensor) -> bool:
+    """A vector called bias, or TransformerLens' b_K [heads, size]."""
+    return (parameter.dim() <= 1 and leaf.endswith("bias")) or (parameter.dim() == 2 and leaf.startswith("b_"))
 
 
 def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[str, Tensor | None]) -> None:
@@ -397,11 +424,35 @@ def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[s
                     "grad.wrong",
                 ),
             )
-        if grad is not None and old is not None:
-            ctx.within(
-                float((grad - old).abs().max()),
-                tolerance.FACTOR * tolerance.epsilon(quiet.dtype) * top,
-                "the gradient changes when other parameters are frozen",
-                where=name,
-                hint=Hint("a custom backward() mixes up its inputs where one of them needs no gradient", "grad.wrong"),
-            )
+        if grad is None or old is None:
+            continue
+        change, bound = float((grad - old).abs().max()), tolerance.FACTOR * tolerance.epsilon(quiet.dtype) * top
+        if change > bound:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            _check_same_again(ctx, quiet, ids, name, old, bound)
+        ctx.within(
+            change,
+            bound,
+            "the gradient changes when other parameters are frozen",
+            where=name,
+            hint=Hint("a custom backward() mixes up its inputs where one of them needs no gradient", "grad.wrong"),
+        )
+
+
+def _check_same_again(ctx: Context, quiet: Specimen, ids: Tensor, name: str, old: Tensor, bound: float) -> None:
+    """Nothing is frozen any more: a difference to the first call is no matter of freezing."""
+    again = projected_gradients(quiet, ctx, ids)[name]
+    ctx.within(
+        math.inf if again is None else float((again - old).abs().max()),
+        bound,
+        "the gradient of one batch changes from call to call in train mode, dropout off",
+        where=name,
+        hint=Hint(
+            "forward() counts its calls, keeps a running average or writes to its weights: what was computed before "
+            "decides what comes now",
+            "state.carried_over",
+            "grad.checkpoint_differs",
+            "training.resume_differs",
+        ),
+    )

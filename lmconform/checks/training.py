@@ -7,12 +7,13 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lmconform import charts
 from lmconform.checks.shared_sweep import MEMORISED, STEPS, Swept, swept, trainable_size
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
 from lmconform.sweep.corpus import entropy
-from lmconform.sweep.rates import ASSUMED_STEPS, given_rate
+from lmconform.sweep.rates import ASSUMED_STEPS, Outcome, given_rate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 REQUIRES = ("contract.shape", "contract.finite")
+MOSTLY_FROZEN = 0.05  # a share of trained weights below which no sentence need be learnt
+FROZEN = Hint(
+    "nearly all is frozen, and what is left holds no sentence: look for requires_grad_(False) over the whole model, "
+    "undone for some parameters only",
+    "grad.frozen",
+)
 NEAR = 0.1  # nats above a floor within which a loss stands at it; below it there is none
 
 
@@ -42,12 +49,18 @@ def check_memorize(subject: Specimen, ctx: Context) -> None:
     losses = found.training.losses[best]
     reached = min(losses[-3:]) if not found.training.diverged[best] else math.inf
     rate = found.training.members[best].rate
+    title = "Loss while one sentence is learnt"
+    ctx.record(
+        charts.curves(
+            title, "step", "loss", {"loss": losses}, bound=MEMORISED, log="y", case=f"AdamW at rate {rate:.2g}"
+        )
+    )
     ctx.note(
         f"{found.training.mode}{_why(found)}; loss {losses[0]:.2f} to {reached:.3g} in {len(losses)} steps at rate "
         f"{rate:.2g}"
     )
     if reached >= MEMORISED:
-        told, hint = _floor(found.sentence, reached, losses[0])
+        told, hint = _floor(found.sentence, reached, losses[0], _trainable(subject))
         ctx.within(
             reached, MEMORISED, f"one sentence of {found.sentence.shape[1]} tokens is not memorised within {STEPS} "
             f"steps of AdamW at any rate{told}", where=f"rate {rate:.2g}, loss {losses[0]:.3g} at first", hint=hint,
@@ -73,7 +86,13 @@ def _why(found: Swept) -> str:
     return f" ({found.training.reason})" if found.training.reason else ""
 
 
-def _floor(ids: Tensor, reached: float, start: float) -> tuple[str, str]:
+def _trainable(subject: Specimen) -> float:
+    """The share of the weights that are trained."""
+    counts = [(p.numel(), p.requires_grad) for p in subject.module.parameters()]
+    return sum(many for many, trained in counts if trained) / max(1, sum(many for many, _ in counts))
+
+
+def _floor(ids: Tensor, reached: float, start: float, trainable: float) -> tuple[str, str]:
     """Whether the loss stands where a model without context must stop: words for the message, and the hint."""
     tokens = ids[0].tolist()
     after = defaultdict(list)
@@ -112,6 +131,8 @@ def _floor(ids: Tensor, reached: float, start: float) -> tuple[str, str]:
                 "grad.dead_parameter",
             ),
         )
+    if trainable < MOSTLY_FROZEN:
+        return f", and {trainable:.2g} of its weights are trainable", FROZEN
     return (
         "",
         Hint(
@@ -148,6 +169,8 @@ def check_lr_sweep(subject: Specimen, ctx: Context) -> None:
     lower end is divided by (steps of the recipe / 100); where the recipe does not say, 1000 steps are assumed.
     """
     found = swept(subject, ctx).outcome
+    given = given_rate(subject.recipe, subject.fresh(ctx.seed).module)
+    ctx.record(_curve(found, None if isinstance(given, str) else given.rate))
     curve = ", ".join(f"{row.rate:.0e} {row.final:.2g}{' diverged' if row.diverged else ''}" for row in found.rows)
     ctx.note(f"loss after {found.steps} steps by rate: {curve}")
     if found.good_range is None:
@@ -155,13 +178,14 @@ def check_lr_sweep(subject: Specimen, ctx: Context) -> None:
             found.best.final, found.target, f"no learning rate from {found.rows[0].rate:.0e} to "
             f"{found.rows[-1].rate:.0e} halves the loss on one sentence in {found.steps} steps",
             where=f"at best rate {found.best.rate:.2g}",
-            hint=Hint("no rate mends this: the gradient does not reach the weights, or the initial weights are far too "
-            "large or too small; gradients.reach, init.loss and init.scale say which", "training.cannot_memorize"),
+            hint=FROZEN if _trainable(subject) < MOSTLY_FROZEN else Hint(
+                "no rate mends this: the gradient does not reach the weights, or the initial weights are far too large "
+                "or too small; gradients.reach, init.loss and init.scale say which", "training.cannot_memorize",
+            ),
         )  # fmt: skip
         return
     low, high = found.good_range
     ctx.note(f"good range {low:.1g} to {high:.1g}, recommended {found.recommended:.1g}")
-    given = given_rate(subject.recipe, subject.fresh(ctx.seed).module)
     if isinstance(given, str):
         if subject.recipe is not None:
             ctx.note(f"the recipe's rate is not compared: {given}")
@@ -199,6 +223,17 @@ def check_lr_sweep(subject: Specimen, ctx: Context) -> None:
             ),
         )
     ctx.note(f"the recipe's rate, {given.words}, is good")
+
+
+def _curve(found: Outcome, given: float | None) -> charts.Curves:
+    """Loss at the end by rate, with the good range, the recommended rate and the recipe's own."""
+    marks = {"recommended": found.recommended, "the recipe's": given}
+    return charts.curves(
+        "Loss by learning rate", "learning rate", f"loss after {found.steps} steps",
+        {"at the end": [row.final for row in found.rows]}, x=[row.rate for row in found.rows], log="x",
+        marks={name: rate for name, rate in marks.items() if rate is not None},
+        span=None if found.good_range is None else ("good range", *found.good_range),
+    )  # fmt: skip
 
 
 @register_check(

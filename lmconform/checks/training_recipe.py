@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lmconform import tolerance
+from lmconform import charts, tolerance
 from lmconform.checks.training_optimizer import made_optimizers
 from lmconform.context import Hint
 from lmconform.conventions import first_line
@@ -57,6 +57,10 @@ def check_schedule(subject: Specimen, ctx: Context) -> None:
     form = recipe.closed_form()
     base = run.base[run.largest]
     curve = [row[run.largest] for row in rates]
+    lines = {"the optimizer's rate": curve}
+    if form is not None:
+        lines["closed form"] = [base * form(step) for step in range(steps)]
+    ctx.record(charts.curves("Learning rate by step", "optimizer step", "learning rate", lines))
     if form is None:
         _check_without_form(ctx, recipe, run, curve, steps)
         return

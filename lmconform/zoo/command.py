@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmconform.expected import ExpectedError, known_deviations
-from lmconform.options import OptionError
+from lmconform.options import OptionError, require_writable
 from lmconform.registry import PROFILES, UnknownCheck, select_checks
 from lmconform.results import EXECUTED, SCHEMA_VERSION, write_whole
 from lmconform.zoo.client import Refused, Server, ServerError
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON; finished rows are kept beside it")
     parser.add_argument("--parquet", metavar="FILE", help="write the rows as Parquet too (needs the extra: ray)")
+    parser.add_argument("--html", metavar="FILE", help="write the rows as one HTML page, with filters")
     parser.add_argument(
         "--resume", metavar="FILE", help="go on with the run whose --json was FILE: only types without a row are run"
     )
@@ -88,6 +89,11 @@ def _run(args: argparse.Namespace) -> int:
         raise OptionError("this system cannot fork processes; check one type with lmconform check transformers:TYPE")
     earlier, rows = read_earlier(Path(args.resume)) if args.resume else ({}, [])
     report = _report_path(args)
+    if args.html:
+        from lmconform.report.html import require_libraries
+
+        require_libraries()
+        require_writable(args.html)
     settings = _settings(args, earlier)
     known = known_deviations() if settings["known"] else []
     checks = select_checks(settings["profile"], settings["select"], settings["deselect"])
@@ -137,8 +143,13 @@ def _run(args: argparse.Namespace) -> int:
     for note in notes[len(said) :]:
         console.print(note, markup=False, highlight=False)
     console.print(totals_line(sums), style="bold", highlight=False)
+    data = _data(run, sums, rows, notes)
+    if args.html:
+        from lmconform.report.html import render_zoo
+
+        write_whole(args.html, render_zoo(data))
     if report:
-        _write(report, run, sums, rows, notes)
+        write_whole(report, json.dumps(data, indent=1) + "\n")
         journal_of(report).unlink()
     if args.parquet:
         write_parquet(Path(args.parquet), run, rows)
@@ -224,10 +235,11 @@ def _say_interrupted(done: int, total: int, report: Path | None) -> None:
     print(f"\nlmconform zoo: interrupted after {done} of {total} types; {way}", file=sys.stderr)
 
 
-def _write(path: Path, run: dict[str, Any], sums: dict[str, Any], rows: list[Row], notes: list[str]) -> None:
+def _data(run: dict[str, Any], sums: dict[str, Any], rows: list[Row], notes: list[str]) -> dict[str, Any]:
+    """What --json holds, and the page shows."""
     from lmconform import SPEC_VERSION
 
-    data = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "spec_version": SPEC_VERSION,
         "run": run,
@@ -235,7 +247,6 @@ def _write(path: Path, run: dict[str, Any], sums: dict[str, Any], rows: list[Row
         "notes": notes,
         "rows": [row.to_dict() for row in rows],
     }
-    write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
 def cores() -> int:

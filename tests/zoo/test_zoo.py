@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from lmconform.expected import Expectation
+from lmconform.report.html import render_zoo
 from lmconform.results import Result, Status
 from lmconform.zoo import add_arguments, command, main, server
 from lmconform.zoo.journal import journal_of, read_earlier
@@ -67,7 +68,9 @@ def zoo(*arguments: str) -> int:
 
 def test_subset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "zoo.json"
-    code = zoo("llama", "mam?a", "gemma3n", "gpt2", "--jobs", "2", "--select", CHECKS, "--json", str(file))
+    page = tmp_path / "zoo.html"
+    types = "llama", "mam?a", "gemma3n", "gpt2"
+    code = zoo(*types, "--jobs", "2", "--select", CHECKS, "--json", str(file), "--html", str(page))
     shown = capsys.readouterr().out
     assert code == 0, shown
     data = json.loads(file.read_text())
@@ -84,6 +87,7 @@ def test_subset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data["totals"]["checks"] == {"passed": 6}
     assert not journal_of(file).exists()
     assert "reached 3 of 4: 0 red, 0 triaged, 3 green, 1 unreached" in shown
+    assert page.read_text() == render_zoo(data)
 
 
 def test_the_command_never_imports_torch() -> None:
