@@ -1,1 +1,1 @@
-"""Sound reference models of the five systems. `python -m models --help` trains, generates, compares and diagnoses."""
+"""Sound reference models of the five systems. `python -m models --help` says what one can do with them."""

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 COMPARED = ("contract.shape", "contract.finite", "contract.repeatable")
+OPENINGS = (
+    "Once upon a time there was a little", "The cat sat on the", "one day she", "It is a big red", "they went home and",
+    "he said", "A bird found the old", "yes",
+)  # fmt: skip
+GOES_ON = Hint(
+    "a beam goes on after its end-of-text token, and what follows is counted in its score",
+    "generation.stop_ignored",
+    "generation.beam_score_wrong",
+)
 CACHED = (*COMPARED, "cache.decode")  # what forward() does wrong with a cache, generate() repeats
 
 
@@ -115,21 +124,26 @@ def check_batch(subject: Specimen, ctx: Context) -> None:
     grid=({"time": 6, "sample": True}, {"time": 6, "sample": False}),
 )
 def check_non_empty(subject: Specimen, ctx: Context) -> None:
-    """16 prompts with the model's own generation defaults, its own end-of-text token in force, sampled and greedy."""
+    """Ordinary prompts with the model's own generation defaults, its own end-of-text token in force.
+
+    Several of them, for random weights may well end any single one.
+    """
     generator = Generator(subject)
+    ends = _end_tokens(subject)
     for case in ctx.cases():
-        ids = _prompts(subject, ctx, 16, case.time)
-        ends = _end_tokens(subject)
-        made = generator.as_users_call(ids, 4, sample=case.sample)
-        _inside_vocabulary(subject, ctx, made)
-        tokens = [[token for token in row if token not in ends] for row in made.tolist()]
-        logits = subject.logits(ids)[:, -1]
-        share = float(logits.softmax(-1)[:, ends].sum(-1).mean()) if ends else 0.0
-        if not any(tokens):
+        prompts = _prompts(subject, ctx, 16, case.time)
+        tokens, shares = [], []
+        for ids in prompts:
+            made = generator.as_users_call(ids, 4, sample=case.sample)
+            _inside_vocabulary(subject, ctx, made)
+            tokens += [token for token in made.flatten().tolist() if token not in ends]
+            shares += subject.logits(ids)[:, -1].softmax(-1)[:, ends].sum(-1).tolist()
+        share = sum(shares) / len(shares)
+        if not tokens:
             cause = Hint(
                 "the end-of-text token outweighs all others after an ordinary prompt", "generation.eos_dominates"
             )
-            if ids[0, -1].item() in ends:
+            if all(int(token) in ends for ids in prompts for token in ids[:, -1]):
                 cause = Hint(
                     "the tokenizer ends the prompt with the end-of-text token: encode with add_special_tokens=False",
                     "generation.prompt_has_eos",
@@ -141,7 +155,7 @@ def check_non_empty(subject: Specimen, ctx: Context) -> None:
                     "generation.control_wrong",
                 )
             ctx.fail(
-                f"generate() added nothing to any of {len(ids)} ordinary prompts: the first new token is always "
+                f"generate() added nothing to any of {len(shares)} ordinary prompts: the first new token is always "
                 f"end-of-text, which forward() gives probability {share:.3g} on average",
                 where="sampling" if case.sample else "greedy", hint=cause,
             )  # fmt: skip
@@ -247,6 +261,7 @@ def check_beams(subject: Specimen, ctx: Context) -> None:
             counts = (ended.cumsum(-1) - ended) == 0  # up to the end token, itself included
         lengths = counts.sum(-1)
         rescored = (each * counts).sum(-1) / lengths.double() ** case.penalty
+        deaf = end is not None and bool((found.tokens[~counts] != extra["pad_token_id"]).any())
         # a log-probability is off by at most twice what its logits are off by
         bound = 2 * tolerance.allowed(subject.noise, logits) * float((lengths / lengths.double() ** case.penalty).max())
         ctx.equal(
@@ -255,7 +270,9 @@ def check_beams(subject: Specimen, ctx: Context) -> None:
             "a beam's score differs from its rescored log-probability",
             allowed=bound,
             axes=("beam",),
-            hint=Hint(
+            hint=GOES_ON
+            if deaf
+            else Hint(
                 "the cache was not reordered with the beams, scores were added up before log_softmax, or the length "
                 "penalty divides by another length",
                 "generation.beam_score_wrong",
@@ -458,6 +475,12 @@ def _stop_strings(subject: Specimen, ctx: Context, generator: Generator, ids: Te
     wanted = tokenizer.decode(free[0, at : at + 1]).strip()
     if not wanted or wanted not in text or "\ufffd" in wanted:  # half a character of a byte-level tokenizer
         return False
+    if not _spells_its_tokens(tokenizer):
+        ctx.note(
+            "stop strings were left out: transformers reads each token behind the letters 'abcdef', and this tokenizer "
+            "does not give them back (they are no word of its vocabulary)"
+        )
+        return False
     made = generator.greedy(ids, free.shape[1], stop_strings=[wanted], tokenizer=tokenizer)
     reached = next(i + 1 for i in range(free.shape[1]) if wanted in tokenizer.decode(free[0, : i + 1]))
     if made.shape[1] > reached:
@@ -472,18 +495,28 @@ def _stop_strings(subject: Specimen, ctx: Context, generator: Generator, ids: Te
     return True
 
 
-def _prompts(subject: Specimen, ctx: Context, rows: int, time: int) -> Tensor:
-    """The same ordinary text `rows` times where there is a tokenizer, else random ordinary tokens."""
+def _spells_its_tokens(tokenizer: Any) -> bool:
+    """Whether transformers can make stop strings of this tokenizer. The model has no part in it."""
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    try:
+        StopStringCriteria.clean_tokenizer_vocab(tokenizer)
+    except ValueError:  # str.index, where the letters have become the unknown token
+        return False
+    return True
+
+
+def _prompts(subject: Specimen, ctx: Context, rows: int, time: int) -> list[Tensor]:
+    """Batches [.., time], about `rows` rows in all: ordinary texts where there is a tokenizer, else any tokens."""
     import torch
 
     encoder = None if subject.tokenizer is None else Encoder(subject.tokenizer)
-    if encoder is None or not encoder.can_encode:
-        return ctx.ids(rows, time)
-    tokens = encoder.encode("Once upon a time there was a little")
-    if not tokens:
-        ctx.note("the tokenizer makes nothing of an ordinary text: random tokens were the prompt")
-        return ctx.ids(rows, time)
-    return torch.tensor([tokens] * rows, device=subject.device)
+    if encoder is not None and encoder.can_encode:
+        encoded = {tuple(ids) for text in OPENINGS if (ids := encoder.encode(text))}
+        if encoded:
+            return [torch.tensor([ids] * (rows // len(encoded)), device=subject.device) for ids in sorted(encoded)]
+        ctx.note("the tokenizer makes nothing of ordinary texts: random tokens were the prompts")
+    return [ctx.ids(rows, time)]
 
 
 def _end_tokens(subject: Specimen) -> list[int]:

@@ -93,6 +93,8 @@ def _sampled(
     import torch
 
     made, drawn = generator.sample(ids, new, **controls)
+    if not drawn:
+        _refuse_argmax(subject, ctx, generator, ids)
     if len(drawn) != made.shape[1] or any(step.shape != (len(ids), subject.vocab_size) for step in drawn):
         ctx.not_applicable(
             f"{generator.holder}.generate() does not draw each token by torch.multinomial over the vocabulary, so what "
@@ -101,6 +103,28 @@ def _sampled(
     full = torch.cat([ids, made], dim=1)
     logits = subject.logits(full)[:, ids.shape[1] - 1 : -1]
     return full, list(logits.double().unbind(1)), [step.double() for step in drawn]
+
+
+def _refuse_argmax(subject: Specimen, ctx: Context, generator: Generator, ids: Tensor) -> None:
+    """Where no draw was seen: the likeliest token every time is no sampling, in whatever way it is drawn."""
+    import torch
+
+    if not generator.offers("do_sample"):
+        return
+    new = min(8, subject.longest(ids.shape[1] + 8) - ids.shape[1])
+    made, _ = generator.sample(ids, new)
+    logits = subject.logits(torch.cat([ids, made], dim=1))[:, ids.shape[1] - 1 : -1].double()
+    chance = float(logits.log_softmax(-1).amax(-1).sum().exp())
+    if made.shape[1] == new and bool((made == logits.argmax(-1)).all()) and chance < 1e-6:
+        ctx.fail(
+            f"generate(do_sample=True) took the likeliest token {made.numel()} times out of {made.numel()}, which "
+            f"sampling does with probability {chance:.1g}",
+            hint=Hint(
+                "do_sample is overridden or not looked at, so that temperature, top-k and top-p do nothing, and what "
+                "is said turns into loops",
+                "generation.control_wrong",
+            ),
+        )
 
 
 def _bound(subject: Specimen, logits: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""`python -m models`: train, generate, compare, diagnose."""
+"""`python -m models`: train, generate, compare, diagnose, sweep."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from models.training import options, systems
 from models.training.errors import UsageError
@@ -22,19 +22,12 @@ examples:
   python -m models train adaptive --model ./gpt2 --datasets gsm8k,math --use-lora --lora-r 64 --bf16
   python -m models generate experiments/first/final --prompt "Question: What is 2 + 3?" --max-new-tokens 40
   python -m models compare adaptive --model ./gpt2 --plot parity.png
+  python -m models compare story --vary phase --seeds 3 --datasets stories.txt
+  python -m models sweep story --rates 1e-5:3e-2:8 --text stories.txt
   python -m models diagnose experiments/first/final --profile smoke
 
 exit codes: 0 done; 1 diagnose has findings; 2 wrong usage or data, nothing was written; 130 interrupted.
 """
-
-
-class _Refusal(Exception):
-    """Wrong usage, with the parser's own words."""
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _Refusal(f"{message}\n{self.format_usage().rstrip()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(arguments)
         code: int = args.run(args)
         return code
-    except (UsageError, _Refusal) as error:
+    except UsageError as error:
         print(f"models: error: {error}", file=sys.stderr)
         return USAGE
     except SystemExit as stopped:  # --help
@@ -55,24 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> Namespace:
-    parser = _Parser(
+    parser = options.Parser(
         prog="python -m models", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    parser.set_defaults(passes_on=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=options.Parser)
     named = arguments[1] if len(arguments) > 1 and not arguments[1].startswith("-") else None
-    _add_train(commands, named if arguments[:1] == ["train"] else None)
+    _add_train(commands, named if arguments[:1] == ["train"] else None, arguments)
     _add_generate(commands)
     _add_compare(commands, named if arguments[:1] == ["compare"] else None)
     _add_diagnose(commands)
-    if arguments[:1] == ["diagnose"]:  # all that it does not know itself is lmconform's
-        known, rest = parser.parse_known_args(arguments)
-        known.rest = rest
-        return known
-    return parser.parse_args(arguments)
+    _add_sweep(commands)
+    known, rest = parser.parse_known_args(arguments)
+    if rest and not known.passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    known.rest = rest
+    return known
 
 
-def _add_train(commands: Any, named: str | None) -> None:
+def _add_train(commands: Any, named: str | None, arguments: Sequence[str]) -> None:
     """With a system that is named, its own options and defaults."""
     system = systems.get(named) if named is not None else None
     parser = commands.add_parser(
@@ -80,10 +75,10 @@ def _add_train(commands: Any, named: str | None) -> None:
         description=system.summary if system else f"Systems: {', '.join(systems.names())}.",
     )  # fmt: skip
     parser.add_argument("system", metavar="SYSTEM", help=f"one of {', '.join(systems.names())}")
-    options.add_shared(parser)
-    if system is not None:
-        system.add_arguments(parser)
-        parser.set_defaults(**system.defaults)
+    if system is None:
+        options.add_shared(parser)
+    else:
+        systems.add_training(parser, system, arguments)
     parser.set_defaults(run=_train)
 
 
@@ -118,7 +113,10 @@ def _moved(results: dict[str, Any]) -> str:
 
 def _add_generate(commands: Any) -> None:
     parser = commands.add_parser("generate", help="let a checkpoint write", allow_abbrev=False)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a directory (an experiment's final/) or a hub id")
+    parser.add_argument(
+        "checkpoint", metavar="SYSTEM|CHECKPOINT",
+        help="a directory (an experiment's final/) or a hub id; of a system, its default experiment's",
+    )  # fmt: skip
     parser.add_argument("--prompt", action="append", required=True, help="can be given several times")
     parser.add_argument("--max-new-tokens", type=options.positive, default=64)
     parser.add_argument("--temperature", type=options.number(0, above=True), help="sample; greedy without")
@@ -136,7 +134,14 @@ def _generate(args: Namespace) -> int:
 
     from models.training.evaluation import generate
 
-    model, tokenizer = load(args.checkpoint)
+    checkpoint = args.checkpoint
+    if checkpoint in systems.names() and not os.path.isdir(checkpoint):
+        checkpoint = os.path.join(options.OUTPUT_DIR, checkpoint, "final")
+        if not os.path.isdir(checkpoint):
+            raise UsageError(
+                f"there is no {checkpoint}: train one (python -m models train {args.checkpoint} ...), or name another"
+            )
+    model, tokenizer = load(checkpoint)
     sampling: dict[str, Any] = {"do_sample": args.temperature is not None or bool(args.top_k or args.top_p)}
     if sampling["do_sample"]:
         sampling |= {"temperature": args.temperature or 1.0, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
@@ -176,6 +181,7 @@ def _add_compare(commands: Any, named: str | None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     if system is not None:
         system.add_compare_arguments(parser)
+        parser.set_defaults(passes_on=system.compare_trains)
     parser.set_defaults(run=_compare)
 
 
@@ -197,18 +203,53 @@ def _add_diagnose(commands: Any) -> None:
         description="The suite itself: all other options are those of `lmconform check` (--profile, --device, ...).",
     )  # fmt: skip
     parser.add_argument("subject", metavar="SYSTEM|CHECKPOINT")
-    parser.set_defaults(run=_diagnose, rest=[])
+    parser.set_defaults(run=_diagnose, passes_on=True)  # all that it does not know itself is lmconform's
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sweep", help="many learning rates and seeds of a system in one run", allow_abbrev=False,
+        description="`lmconform sweep` on a system's tiny model or a checkpoint: all other options are its own.",
+    )  # fmt: skip
+    parser.add_argument("subject", metavar="SYSTEM|CHECKPOINT")
+    parser.set_defaults(run=_sweep, passes_on=True)
 
 
 def _diagnose(args: Namespace) -> int:
     from lmconform.cli import main as lmconform
 
+    spec = _spec(args)
+    if (text := _described(args.subject)) is not None:
+        print(text, flush=True)
+    return lmconform(["check", *spec, *args.rest])
+
+
+def _described(subject: str) -> str | None:
+    """What the system has to say of a checkpoint, or of its own tiny model, beside the suite."""
+    from transformers import AutoConfig
+
+    if not os.path.isdir(subject):
+        system = systems.get(subject)
+        return system.describe and system.describe(system.tiny(), None)
+    systems.register_all()
+    kind = getattr(AutoConfig.from_pretrained(subject), "model_type", None)
+    if kind not in systems.names() or (describe := systems.get(kind).describe) is None:
+        return None
+    return describe(*load(subject))
+
+
+def _sweep(args: Namespace) -> int:
+    from lmconform.cli import main as lmconform
+
+    return lmconform(["sweep", *_spec(args), *args.rest])
+
+
+def _spec(args: Namespace) -> list[str]:
+    """A system or a checkpoint, as lmconform's command line takes it."""
     if args.subject in systems.names() and not os.path.isdir(args.subject):
-        spec, known = systems.get(args.subject).spec, []
-    elif os.path.isdir(args.subject):
-        spec, known = args.subject, ["--import", "models.training.checkpoints"]
-    else:
-        raise UsageError(
-            f"{args.subject} is no directory and no system; there are the systems {', '.join(systems.names())}"
-        )
-    return lmconform(["check", spec, *known, *args.rest])
+        return [systems.get(args.subject).spec]
+    if os.path.isdir(args.subject):
+        return [args.subject, "--import", "models.training.checkpoints"]
+    raise UsageError(
+        f"{args.subject} is no directory and no system; there are the systems {', '.join(systems.names())}"
+    )

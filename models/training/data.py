@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.training.answers import final_answer
 from models.training.errors import UsageError
+from models.training.stories import stories
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,24 +46,27 @@ class Example:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def load_examples(names: str, split: str, *, limit: int | None = None, seed: int = 0) -> list[Example]:
+def load_examples(
+    names: str, split: str, *, limit: int | None = None, seed: int = 0, unit: str = "line"
+) -> list[Example]:
     """The rows of a comma-separated list of data sets (name, hub id or local path), shuffled together by `seed`.
 
     `split` is "train" or "test"; a data set without test rows gives an empty list for "test", so that the caller can
-    hold some out. Raises UsageError that names the data set for a wrong path, missing columns, empty rows or no rows.
+    hold some out. `unit` says what a text is in a local .txt file: "line", or "story" (models.training.stories). Raises
+    UsageError that names the data set for a wrong path, missing columns, empty rows or no rows.
     """
     examples: list[Example] = []
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise UsageError("--datasets names no data set: give names, hub ids or paths, as in --datasets gsm8k,math")
     for name in wanted:
-        examples += _read(name, split)
+        examples += _read(name, split, unit)
     random.Random(seed).shuffle(examples)
     return examples if limit is None else examples[:limit]
 
 
-def _read(name: str, split: str) -> list[Example]:
-    rows = _rows(name, split)
+def _read(name: str, split: str, unit: str) -> list[Example]:
+    rows = _rows(name, split, unit)
     if rows is None:
         return []
     columns = list(rows.column_names)
@@ -95,11 +99,11 @@ def _examples(name: str, split: str, kind: tuple[str, ...], rows: Iterable[Mappi
         yield Example(f"Question: {values[0].strip()}\nAnswer:", " " + values[1].strip(), gold, origin)
 
 
-def _rows(name: str, split: str) -> Any | None:
+def _rows(name: str, split: str, unit: str) -> Any | None:
     """The data set's rows as `datasets` gives them; None where it has no such split."""
-    place = _local(name)
+    place = local(name)
     if place is not None:
-        return _local_rows(name, place, split)
+        return _local_rows(name, place, split, unit)
     import datasets
 
     hub_id, config = HUB.get(name, (name, None))
@@ -118,19 +122,19 @@ def _rows(name: str, split: str) -> Any | None:
     return None
 
 
-def _local(name: str) -> Path | None:
-    """A path as it was given, else a folder of that name in LMCONFORM_DATA; None where it is a hub id."""
+def local(name: str) -> Path | None:
+    """A path as it was given, else a folder or file of that name in LMCONFORM_DATA; None where it is a hub id."""
     if Path(name).exists():
         return Path(name)
+    shelf = os.environ.get("LMCONFORM_DATA", "")
+    if shelf and (Path(shelf) / name).exists():
+        return Path(shelf) / name
     if name.startswith((".", "/", "~")) or name.endswith(tuple(READERS)):
         raise UsageError(f"{name}: there is no such file or folder")
-    shelf = os.environ.get("LMCONFORM_DATA", "")
-    if shelf and (Path(shelf) / name).is_dir():
-        return Path(shelf) / name
     return None
 
 
-def _local_rows(name: str, place: Path, split: str) -> Any | None:
+def _local_rows(name: str, place: Path, split: str, unit: str) -> Any | None:
     import datasets
 
     if (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
@@ -158,6 +162,9 @@ def _local_rows(name: str, place: Path, split: str) -> Any | None:
     if all(file.stat().st_size == 0 for file in files):
         raise UsageError(f"{name}: {files[0].name} is empty")
     try:
+        if files[0].suffix == ".txt" and unit == "story":
+            found = [story for file in files for story in stories(file.read_text(encoding="utf-8"))]
+            return datasets.Dataset.from_dict({"text": found})
         return datasets.load_dataset(
             READERS[files[0].suffix], data_files={"train": [str(file) for file in files]}, split="train"
         )

@@ -49,8 +49,15 @@ def generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **settings,
         )  # fmt: skip
-    written: list[str] = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
-    return written
+    return [_behind(tokenizer, prompt, row[ids.shape[1] :]) for prompt, row in zip(encoded, made.tolist(), strict=True)]
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int]) -> str:
+    """The text of the new tokens, with the space before it where the tokenizer leaves spaces to decoding."""
+    before, whole, alone = (
+        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, [*prompt, *new], new)
+    )
+    return whole[len(before) :] if whole.startswith(before) else alone
 
 
 def exact_match(

@@ -6,13 +6,16 @@ import argparse
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from models.training.errors import UsageError
 
 SIZES = ("tiny", "small", "report")
 RATES = {"tiny": 5e-3, "small": 1e-3, "report": 3e-4}  # narrower models take and need higher rates
+OUTPUT_DIR = "experiments"
 BASE_RATE, LORA_RATE = 5e-5, 3e-4
+TOKENIZERS = ("byte-pair", "word", "character")
+TEXT_UNITS = ("line", "story")
 NAME = re.compile(r"[\w][\w.+-]*")
 # what a resumed run may change: how long it goes on, how often it reports, where it runs
 FREE = ("max_steps", "epochs", "save_steps", "eval_steps", "logging_steps", "resume", "quiet", "cpu", "output_dir")
@@ -45,6 +48,21 @@ def number(low: float, high: float = float("inf"), *, above: bool = False) -> Ca
     return read
 
 
+def steps_or_share(text: str) -> int | float:
+    """A number of steps, or below 1 a share of all steps."""
+    value = number(0)(text)
+    if value >= 1 and value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is neither a whole number of steps nor a share below 1")
+    return value if 0 < value < 1 else int(value)
+
+
+class Parser(ArgumentParser):
+    """Refuses by UsageError, with the usage, instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
+
+
 def add_shared(parser: ArgumentParser) -> None:
     """Model, data, training and experiment."""
     model = parser.add_argument_group("model")
@@ -55,6 +73,9 @@ def add_shared(parser: ArgumentParser) -> None:
     model.add_argument(
         "--vocab-size", type=positive, default=1024, help="of the tokenizer that is made without --model"
     )
+    model.add_argument(
+        "--tokenizer", choices=TOKENIZERS, help="to make without --model (default: the system's own kind)"
+    )
     model.add_argument("--use-lora", action="store_true", help="train a low-rank adapter, and merge it at the end")
     model.add_argument("--lora-r", type=positive, default=16, help="its rank (default 16; alpha is twice that)")
     model.add_argument("--lora-dropout", type=number(0, 1), default=0.0)
@@ -63,6 +84,10 @@ def add_shared(parser: ArgumentParser) -> None:
     data.add_argument(
         "--datasets", required=True, metavar="A,B",
         help="gsm8k, math, hub ids or local paths; columns question and answer, problem and solution, or text",
+    )  # fmt: skip
+    data.add_argument(
+        "--text-unit", choices=TEXT_UNITS, default="line",
+        help="what is one text in a .txt file: a line, or a story, whose paragraphs blank lines part (default line)",
     )  # fmt: skip
     data.add_argument("--max-length", type=positive, default=512, help="tokens of an example (default 512)")
     data.add_argument(
@@ -83,8 +108,10 @@ def add_shared(parser: ArgumentParser) -> None:
         help="peak rate (default: by size 5e-3, 1e-3, 3e-4; of a base 5e-5, with LoRA 3e-4)",
     )  # fmt: skip
     training.add_argument("--lr-scheduler", choices=("linear", "cosine", "constant"), default="linear")
-    training.add_argument("--warmup-steps", type=not_negative, default=0)
+    training.add_argument("--warmup-steps", type=steps_or_share, default=0, help="below 1: a share of all steps")
     training.add_argument("--weight-decay", type=number(0), default=0.0)
+    training.add_argument("--adam-beta1", type=number(0, 1), default=0.9)
+    training.add_argument("--adam-beta2", type=number(0, 1), default=0.999)
     training.add_argument("--label-smoothing", type=number(0, 1), default=0.0)
     training.add_argument("--max-grad-norm", type=number(0), default=1.0, help="0: no clipping")
     training.add_argument("--gradient-checkpointing", action="store_true")
@@ -96,17 +123,22 @@ def add_shared(parser: ArgumentParser) -> None:
 
     experiment = parser.add_argument_group("experiment")
     experiment.add_argument("--experiment-name", metavar="NAME", help="folder in --output-dir (default: the system)")
-    experiment.add_argument("--output-dir", default="experiments", metavar="DIR")
+    experiment.add_argument("--output-dir", default=OUTPUT_DIR, metavar="DIR")
     experiment.add_argument("--resume", action="store_true", help="go on from the experiment's last checkpoint")
     experiment.add_argument("--save-steps", type=positive, help="default: a fifth of the run")
     experiment.add_argument("--eval-steps", type=positive, help="default: a fifth of the run")
     experiment.add_argument("--logging-steps", type=positive, default=10)
     experiment.add_argument("--stop-on-alert", action="store_true", help="end the run at a monitor's first alert")
+    experiment.add_argument(
+        "--sample-every", type=positive, metavar="N", help="let the model write every N steps, and monitor what comes"
+    )
     experiment.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def validate(args: Namespace) -> None:
     """What can be told without a model. Raises UsageError."""
+    if args.tokenizer is not None and args.model is not None:
+        raise UsageError(f"--tokenizer {args.tokenizer}: {args.model} brings its own, and is of no use with another")
     if args.experiment_name is None:
         args.experiment_name = args.system
     if not NAME.fullmatch(args.experiment_name):

@@ -6,22 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.training.options import add_shared, validate
 from models.training.run import training_arguments
-from models.training.systems import System
+from models.training.systems import System, training_options
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def default_arguments(system: System, *, steps: int) -> TrainingArguments:
-    """The Trainer's arguments of `python -m models train SYSTEM` with nothing but a number of steps said."""
-    from argparse import ArgumentParser
-
-    parser = ArgumentParser()
-    add_shared(parser)
-    system.add_arguments(parser)
-    parser.set_defaults(**system.defaults)
-    args = parser.parse_args(["--datasets", "none", "--max-steps", str(steps), "--experiment-name", system.name])
-    validate(args)
+def default_arguments(system: System, *options: str, steps: int) -> TrainingArguments:
+    """The Trainer's arguments of `python -m models train SYSTEM` with a number of steps said, and these options."""
+    args = training_options(system, ["--datasets", "none", "--max-steps", str(steps), *options])
     return training_arguments(args, Path(tempfile.gettempdir()) / system.name, steps=steps, evaluates=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,14 @@ from models.training.errors import UsageError
 from models.training.evaluation import ExactMatch, exact_match
 from models.training.experiment import SCHEMA_VERSION, Experiment, is_first, versions
 from models.training.options import validate
-from models.training.systems import Preparation, System
+from models.training.systems import Loss, Preparation, System
 from models.training.tokenizing import byte_pairs, fit_vocabulary, with_padding
+from models.training.words import characters, word_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+SAMPLES, SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 4, 32  # what --sample-every draws: rows, and tokens of each
 
 
 def train(args: Namespace, system: System) -> dict[str, Any]:
@@ -30,8 +34,8 @@ def train(args: Namespace, system: System) -> dict[str, Any]:
     if args.quiet:
         logging.disable_progress_bar()
     set_seed(args.seed)
-    train_rows = load_examples(args.datasets, "train", limit=args.train_samples, seed=args.seed)
-    eval_rows = load_examples(args.datasets, "test", limit=args.eval_samples, seed=args.seed)
+    train_rows = load_examples(args.datasets, "train", limit=args.train_samples, seed=args.seed, unit=args.text_unit)
+    eval_rows = load_examples(args.datasets, "test", limit=args.eval_samples, seed=args.seed, unit=args.text_unit)
     if not eval_rows and args.eval_samples:
         train_rows, eval_rows = hold_out(train_rows, args.eval_samples)
     tokenizer = _tokenizer(args, system, experiment, [row.prompt + row.completion for row in train_rows])
@@ -133,13 +137,19 @@ def _tokenizer(args: Namespace, system: System, experiment: Experiment, texts: l
         resumed: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(experiment.folder / "tokenizer")
         return resumed
     if args.model is None:
-        make = system.tokenizer or byte_pairs
-        return with_padding(make(texts, args.vocab_size))
+        return with_padding(tokenizer_kind(args.tokenizer, system)(texts, args.vocab_size))
     check_base(args.model, "--model")
     try:
         return with_padding(AutoTokenizer.from_pretrained(args.model))
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"--model {args.model}: it has no tokenizer that can be loaded ({error})") from error
+
+
+def tokenizer_kind(named: str | None, system: System) -> Callable[[Sequence[str], int], PreTrainedTokenizerBase]:
+    """What makes a tokenizer from (texts, size): the one that is named, else the system's own, else byte pairs."""
+    if named is None:
+        return system.tokenizer or byte_pairs
+    return {"byte-pair": byte_pairs, "word": word_level, "character": characters}[named]
 
 
 def check_base(base: str, option: str) -> None:
@@ -204,15 +214,20 @@ def _trainer(
 ) -> tuple[Any, Any]:  # fmt: skip
     from transformers.trainer_callback import PrinterCallback
 
-    from lmconform.monitors import standard
-    from models.training.losses import PlainEvaluation, smoothed
+    from lmconform.monitors import generated, standard
+    from models.training.losses import PlainEvaluation
 
-    loss = system.loss(args) if system.loss is not None else None
-    if loss is None and args.label_smoothing:
-        loss = smoothed(args.label_smoothing)
+    sample = None
+    if args.sample_every is not None:
+        prompts = [row["input_ids"][:SAMPLE_PROMPT] for row in train_set[:SAMPLES]]
+        sample = generated(
+            prompts, max_new_tokens=SAMPLE_TOKENS, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
     monitors = standard(
-        eos_token_id=tokenizer.eos_token_id, stop=args.stop_on_alert, log=str(experiment.folder / "monitors.jsonl")
-    )
+        eos_token_id=tokenizer.eos_token_id, stop=args.stop_on_alert, log=str(experiment.folder / "monitors.jsonl"),
+        sample=sample, sample_every=args.sample_every,
+    )  # fmt: skip
     trainer = PlainEvaluation(
         model=model,
         args=training_arguments(args, experiment.folder, steps=_steps(args, len(train_set)), evaluates=bool(eval_set)),
@@ -220,12 +235,20 @@ def _trainer(
         eval_dataset=eval_set or None,
         data_collator=PadRight(tokenizer.pad_token_id),
         processing_class=tokenizer,
-        compute_loss_func=loss,
+        compute_loss_func=training_loss(args, system),
         callbacks=[*callbacks, *monitors],
     )
     if args.quiet:
         trainer.remove_callback(PrinterCallback)  # it takes the bars' place
     return trainer, monitors
+
+
+def training_loss(args: Namespace, system: System) -> Loss | None:
+    """The system's own loss, else the smoothed one where that is asked for, else None: the model's."""
+    from models.training.losses import smoothed
+
+    loss = system.loss(args) if system.loss is not None else None
+    return smoothed(args.label_smoothing) if loss is None and args.label_smoothing else loss
 
 
 def _steps(args: Namespace, examples: int) -> int:
@@ -248,9 +271,12 @@ def training_arguments(args: Namespace, folder: Path, *, steps: int, evaluates: 
         max_steps=args.max_steps or -1,
         num_train_epochs=args.epochs or 1.0,
         learning_rate=args.learning_rate,
-        lr_scheduler_type=args.lr_scheduler,
+        # transformers' "constant" takes warmup_steps and does not warm up
+        lr_scheduler_type="constant_with_warmup" if args.lr_scheduler == "constant" else args.lr_scheduler,
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
         max_grad_norm=args.max_grad_norm,
         fp16=args.fp16,
         bf16=args.bf16,

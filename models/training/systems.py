@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import models
+from models.training import options
 from models.training.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,11 +56,14 @@ class System:
       Raises UsageError for a base it cannot start from.
     - `tokenizer(texts, size)` is made where no base brings one. Padding must have an id of its own.
     - `add_arguments(parser)` adds options, `defaults` sets other defaults for the shared ones (learning_rate,
-      warmup_steps, label_smoothing, ...).
+      warmup_steps, label_smoothing, ...). `recipes` are named sets of further defaults, of which the option
+      `--recipe_option` chooses one (the first without it). What is said on the command line wins over all of them.
     - `loss(args)` gives a loss (outputs, labels, num_items_in_batch) -> scalar, or None for the model's own.
     - `callbacks(args, preparation)`; `finish(model, args, callbacks)` runs behind the training and before the last
       evaluation, may change the model in place, and returns what is to stand in the results under the system's name.
-    - `add_compare_arguments(parser)` and `compare(args)` are `python -m models compare NAME`, which returns JSON.
+    - `add_compare_arguments(parser)` and `compare(args)` are `python -m models compare NAME`, which returns JSON. With
+      `compare_trains`, options that the comparison does not know are those of `train`, and stand in `args.rest`.
+    - `describe(model, tokenizer or None)` gives the text that `diagnose` prints in front of the suite.
     - `lora_targets`: names of the modules that LoRA adapts, or "all-linear"; `lora_keeps`: those that are new, and so
       trained whole beside the adapter.
     """
@@ -71,11 +75,15 @@ class System:
     tokenizer: Callable[[Sequence[str], int], PreTrainedTokenizerBase] | None = None
     add_arguments: Callable[[ArgumentParser], None] = _no_arguments
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe_option: str = "recipe"
     loss: Callable[[Namespace], Loss | None] | None = None
     callbacks: Callable[[Namespace, Preparation], list[TrainerCallback]] = _no_callbacks
     finish: Callable[[PreTrainedModel, Namespace, Sequence[Any]], dict[str, Any]] = _nothing_to_finish
     add_compare_arguments: Callable[[ArgumentParser], None] = _no_arguments
     compare: Callable[[Namespace], dict[str, Any]] | None = None
+    compare_trains: bool = False
+    describe: Callable[[Any, Any], str] | None = None
     lora_targets: str | Sequence[str] = "all-linear"
     lora_keeps: Sequence[str] = ()
 
@@ -83,6 +91,11 @@ class System:
     def spec(self) -> str:
         """What `lmconform check` is pointed at for the system itself."""
         return f"models.{self.name}.system:tiny"
+
+    def tiny(self) -> PreTrainedModel:
+        """The system's smallest model."""
+        made: PreTrainedModel = importlib.import_module(f"models.{self.name}.system").tiny()
+        return made
 
 
 def names() -> list[str]:
@@ -98,6 +111,31 @@ def get(name: str) -> System:
         raise UsageError(f"there is no system {name!r}{hint}")
     found: System = importlib.import_module(f"models.{name}.system").SYSTEM
     return found
+
+
+def add_training(parser: ArgumentParser, system: System, arguments: Sequence[str]) -> None:
+    """The options of `train SYSTEM`; defaults are the system's and those of the recipe that `arguments` choose."""
+    options.add_shared(parser)
+    system.add_arguments(parser)
+    parser.set_defaults(**system.defaults)
+    if system.recipes:
+        names = tuple(system.recipes)
+        for one in (chooser := options.Parser(add_help=False, allow_abbrev=False), parser):
+            one.add_argument(
+                f"--{system.recipe_option}", choices=names, default=names[0], help=f"recipe (default {names[0]})"
+            )
+        chosen = getattr(chooser.parse_known_args(arguments)[0], system.recipe_option)
+        parser.set_defaults(**system.recipes[chosen])
+
+
+def training_options(system: System, arguments: Sequence[str]) -> Namespace:
+    """What `train SYSTEM ARGUMENTS` would run with. Raises UsageError."""
+    parser = options.Parser(prog=f"python -m models train {system.name}", allow_abbrev=False)
+    add_training(parser, system, arguments)
+    args = parser.parse_args(list(arguments))
+    args.system = system.name
+    options.validate(args)
+    return args
 
 
 def register_all() -> None:
