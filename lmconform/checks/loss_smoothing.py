@@ -46,7 +46,7 @@ def check_smoothing(subject: Specimen, ctx: Context) -> None:
     )
     for kind in ("all", "scattered", "sharp", "one"):
         logits, labels = _inputs(subject, ctx, kind)
-        actual, given = _value(ctx, recipe.loss, logits, labels)
+        actual, given = value_and_leaf(ctx, recipe.loss, logits, labels)
         expected = smoothed(logits, labels, smoothing, spread, shifted)
         difference, allowed = abs(float(actual.detach().double()) - float(expected.detach())), _bound(logits)
         where = f"loss {float(actual.detach()):.6g}, expected {float(expected.detach()):.6g} (labels: {kind})"
@@ -100,8 +100,8 @@ def _inputs(subject: Specimen, ctx: Context, kind: str) -> tuple[Tensor, Tensor]
     return logits, labels
 
 
-def _value(ctx: Context, loss: Loss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and the leaf it was computed from."""
+def value_and_leaf(ctx: Context, loss: Loss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and the leaf it was computed from. Unavailable where it is no scalar, Violation where it raises."""
     given = logits.clone().requires_grad_()
     try:
         value = loss(given, labels.clone())
@@ -123,7 +123,7 @@ def _definition(ctx: Context, subject: Specimen, recipe: Recipe) -> tuple[float,
     """
     assert recipe.loss is not None
     logits, labels = _inputs(subject, ctx, "all")
-    value = float(_value(ctx, recipe.loss, logits, labels)[0].detach())
+    value = float(value_and_leaf(ctx, recipe.loss, logits, labels)[0].detach())
 
     def explains(smoothing: float, spread: str, shifted: bool) -> bool:
         return abs(float(smoothed(logits, labels, smoothing, spread, shifted)) - value) <= _bound(logits)
@@ -154,7 +154,7 @@ def _fitted(subject: Specimen, ctx: Context, loss: Loss, spread: str, shifted: b
     labels = logits.argmax(-1)
     if shifted:
         labels = labels.roll(1, dims=1)
-    value = float(_value(ctx, loss, logits, labels)[0].detach())
+    value = float(value_and_leaf(ctx, loss, logits, labels)[0].detach())
     plain = float(smoothed(logits, labels, 0.0, spread, shifted))
     whole = float(smoothed(logits, labels, 1.0, spread, shifted))
     return round((value - plain) / (whole - plain), 4)

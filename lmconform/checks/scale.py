@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
-from lmconform import structure, tolerance
+from lmconform import charts, structure, tolerance
 from lmconform.context import Hint
 from lmconform.measuring import traces
 from lmconform.registry import register_check
@@ -21,6 +21,7 @@ JUMP = 8.0  # times, from one block to the next, beyond unit size: a block adds 
 DOUBLING = 1.9  # every block multiplies the stream by at least this: exponential in depth
 SATURATED = 0.01  # share of the largest possible entropy that a layer's attention keeps, over all heads and rows
 IDLE = 1e-4  # share of a block's output that changes when all earlier tokens change
+ONE_SIDED = 0.99  # share of a block's outputs that have one sign: about 0.5 where nothing forces them
 GAIN = 1.0  # projections are re-drawn with this RMS times sqrt(fan_in): unit size in, unit size out
 SOFTMAX_TIME = 29  # a length that is no other size, so that attention's softmax is told from a router's
 LONGEST_BATCH = 64
@@ -45,6 +46,7 @@ def check_residual(subject: Specimen, ctx: Context) -> None:
         ctx.not_applicable("no repeated blocks were found and forward() gives no hidden states")
         return
     sizes = [rms(state) for state in trace.states]
+    ctx.record(charts.curves("Hidden-state RMS by layer", "blocks passed", "RMS", {"the model": sizes}, log="y"))
     ctx.note("hidden-state RMS by layer: " + " ".join(f"{size:.3g}" for size in sizes))
     largest = max(float(state.abs().max()) for state in trace.states)
     if largest > 65504:
@@ -90,6 +92,45 @@ def check_residual(subject: Specimen, ctx: Context) -> None:
                 "scale.residual_growth",
             ),
         )
+
+
+@register_check(
+    "scale.signs",
+    holds="what leaves a block has both signs: nothing forces the residual stream to one side",
+    profile="smoke",
+    requires=("contract.shape", "contract.finite"),
+)
+def check_signs(subject: Specimen, ctx: Context) -> None:
+    """The share of numbers of one sign among all that leave a block, zeros counted for neither, weights as they came.
+
+    A block adds terms of either sign to its input. An absolute value, ReLU, sigmoid or softmax on the sum ("so that
+    states are probabilities") leaves one sign: two states that differ in it alone become one, each block can only add,
+    and the residual is no identity any more. The input of the first block is not looked at: one-hot embeddings are
+    sound.
+    """
+    trace = traces.stream(subject.as_loaded(), ctx.ids(4, subject.longest(32)))
+    if trace is None:
+        ctx.not_applicable("no repeated blocks were found and forward() gives no hidden states")
+        return
+    shares = []
+    for name, state in zip(trace.names[1:], trace.states[1:]):
+        positive, negative = int((state > 0).sum()), int((state < 0).sum())
+        if positive + negative == 0:
+            continue  # all zero: scale.residual's finding
+        fewer = f"{negative} are negative" if negative < positive else f"{positive} are positive"
+        shares.append(max(positive, negative) / (positive + negative))
+        ctx.within(
+            shares[-1],
+            ONE_SIDED,
+            f"hidden states are one-sided after {name}: of {state.numel()} numbers {fewer}",
+            where=name,
+            hint=Hint(
+                "an abs(), relu(), sigmoid() or softmax() stands on the residual stream: take it out, and keep "
+                "nonlinearities inside the branches that are added to it",
+                "scale.one_sided",
+            ),
+        )
+    ctx.note("share of the commoner sign by layer: " + " ".join(f"{share:.2f}" for share in shares))
 
 
 def rms(state: Tensor) -> float:
@@ -230,7 +271,10 @@ def stated_scale(module: Any, size: int, block: int) -> float:
 
 
 def _check_entropy(ctx: Context, scores: list[traces.Scores]) -> None:
-    entropies = [_entropy(found) for found in scores]
+    entropies = [entropy_of(found) for found in scores]
+    if entropies:
+        lines = {"the model": entropies}
+        ctx.record(charts.curves("Attention entropy by layer", "layer", "share of the largest", lines))
     ctx.note("attention entropy by layer, of the largest possible: " + " ".join(f"{e:.3g}" for e in entropies))
     for found, entropy in zip(scores, entropies):
         if entropy < SATURATED:
@@ -248,7 +292,7 @@ def _check_entropy(ctx: Context, scores: list[traces.Scores]) -> None:
             )
 
 
-def _entropy(found: traces.Scores) -> float:
+def entropy_of(found: traces.Scores) -> float:
     """Mean over heads and rows (of 4 keys and up) of the entropy, as a share of log(number of keys)."""
 
     seen = found.visible.expand_as(found.values)

@@ -19,20 +19,29 @@ from lmconform.monitors.collapse import CollapseMonitor
 from lmconform.monitors.gradients import GradientMonitor
 from lmconform.monitors.rates import EffectiveRateMonitor
 from lmconform.monitors.replicas import ReplicaMonitor
+from lmconform.monitors.samples import SampleMonitor, Sampler, generated
 from lmconform.monitors.updates import UpdateMonitor
 
 __all__ = [
     "Alert", "CollapseMonitor", "EffectiveRateMonitor", "GradientMonitor", "Monitor", "Monitors", "ReplicaMonitor",
-    "UpdateMonitor", "standard",
+    "SampleMonitor", "UpdateMonitor", "generated", "standard",
 ]  # fmt: skip
 
 
 def standard(
-    *, eos_token_id: int | None = None, every: int = 10, stop: bool = False, log: str | None = None
+    *,
+    eos_token_id: int | None = None,
+    every: int = 10,
+    stop: bool = False,
+    log: str | None = None,
+    sample: Sampler | None = None,
+    sample_every: int | None = None,
 ) -> Monitors:
-    """All five, writing to one file. `log` is appended to: one JSON object a line.
+    """All six, writing to one file. `log` is appended to: one JSON object a line.
 
     `every` is CollapseMonitor's; gradients and updates are looked at half as often, which keeps the whole cheap.
+    Samples are looked at where a loop gives `samples`, or are drawn by `sample` (see `generated`), every
+    `sample_every` steps: set it, drawing costs far more than looking.
     """
     return Monitors(
         [
@@ -41,5 +50,6 @@ def standard(
             UpdateMonitor(every=2 * every, stop=stop, log=log),
             EffectiveRateMonitor(stop=stop, log=log),
             ReplicaMonitor(every=5 * every, stop=stop, log=log),
+            SampleMonitor(sample, every=sample_every or every, stop=stop, log=log),
         ]
     )

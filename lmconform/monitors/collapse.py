@@ -21,7 +21,6 @@ TOP_FLOOR = 0.2
 ENTROPY_SHARE = 0.5  # of the corpus' own entropy, below which the mean prediction is too sharp
 PATIENCE = 150  # steps that any model may spend on the most frequent token: it is learnt first
 POSITIONS = 256  # looked at per observation
-REPETITION = 0.5
 
 
 class CollapseMonitor(Monitor):
@@ -69,18 +68,15 @@ class CollapseMonitor(Monitor):
                 self.eos = _first(getattr(config, "eos_token_id", None))
 
     def observe(self, moment: Moment) -> dict[str, Any] | None:
-        """Looks at 256 positions spread over the batch. Samples (rows of new ids), when given, are looked at too."""
-        figures: dict[str, Any] = {}
-        if moment.samples is not None:
-            figures |= self._samples(moment)
+        """Looks at 256 positions spread over the batch."""
         if moment.logits is None:
-            return figures or None
+            return None
         import torch
 
         with torch.no_grad():
             logits, labels = self._live(moment)
             if not len(logits):
-                return figures or None
+                return None
             vocabulary = logits.shape[-1]
             corpus = self._shares(moment, vocabulary)
             predicted = logits.float().softmax(-1)
@@ -99,7 +95,7 @@ class CollapseMonitor(Monitor):
             ).tolist()  # fmt: skip
             top_share, seen, entropy_, own_, loud, loud_id, loud_own, corpus_top, top_own = numbers
         expected = int((torch.bincount(labels, minlength=vocabulary) > 0).sum()) if labels is not None else None
-        figures |= {
+        figures: dict[str, Any] = {
             "top_token": top, "top_share": top_share, "corpus_top_share": corpus_top, "coverage": int(seen),
             "corpus_coverage": expected, "entropy": entropy_, "corpus_entropy": own_,
         }  # fmt: skip
@@ -219,38 +215,6 @@ class CollapseMonitor(Monitor):
                 "gradient, or the attention does not see the context.",
                 token=top, share=share, corpus_share=share_own,
             )  # fmt: skip
-
-    def _samples(self, moment: Moment) -> dict[str, Any]:
-        rows = [[int(token) for token in row] for row in moment.samples]
-        figures: dict[str, Any] = sample_figures(rows)
-        repeated = figures["repetition"]
-        if repeated is not None and self.lasting("repetition", repeated > REPETITION and moment.step > self.patience):
-            self.warn(
-                moment, "collapse.single_token",
-                f"{repeated:.0%} of the 4-grams of its samples repeat an earlier one of the same sample",
-                "Sample with temperature to tell a collapsed model from greedy decoding, which repeats anyway.",
-                repetition=repeated, distinct_2=figures["distinct_2"],
-            )  # fmt: skip
-        return figures
-
-
-def sample_figures(rows: Sequence[Sequence[int]]) -> dict[str, float | None]:
-    """distinct-1 and distinct-2 over all samples (Li et al. 2016), and the share of repeated 4-grams per sample.
-
-    A figure is None where the samples are too short for one n-gram.
-    """
-
-    def grams(row: Sequence[int], n: int) -> list[tuple[int, ...]]:
-        return [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
-
-    figures: dict[str, float | None] = {}
-    for n in (1, 2):
-        made = [gram for row in rows for gram in grams(row, n)]
-        figures[f"distinct_{n}"] = len(set(made)) / len(made) if made else None
-    fours = [grams(row, 4) for row in rows]
-    total = sum(map(len, fours))
-    figures["repetition"] = 1 - sum(len(set(four)) for four in fours) / total if total else None
-    return figures
 
 
 def _first(value: Any) -> int | None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fixtures.subjects import build
 from fixtures.subjects.plain import PlainConfig, PlainGPT
 from lmconform import monitors
-from lmconform.monitors.collapse import sample_figures
 from lmconform.monitors.replicas import fingerprints
+from lmconform.monitors.samples import sample_figures
 from lmconform.recipe import Recipe
 
 EOS, PAD, VOCAB = 3, 0, 67
@@ -209,14 +209,28 @@ def test_the_rate_is_compared_with_the_recipe() -> None:
         monitors.EffectiveRateMonitor(schedule=half)
 
 
-def test_samples() -> None:
+def test_sample_figures() -> None:
     varied = sample_figures([[1, 2, 3, 4, 5, 6, 7], [8, 9, 1, 3, 5, 7, 2]])
-    assert varied["repetition"] == 0
+    assert varied == {"empty": 0, "distinct_1": 9 / 14, "distinct_2": 1, "repetition": 0}
     assert sample_figures([[5] * 12])["repetition"] == pytest.approx(1 - 1 / 9)
-    assert sample_figures([[5]])["distinct_2"] is None
-    watching = monitors.CollapseMonitor(patience=5, every=1)
-    found = [alert for _ in range(12) for alert in watching.step(samples=[[4, 4, 4, 4, 4, 4, 4, 4, 4]])]
-    assert causes(found) == ["collapse.single_token"]
+    assert sample_figures([[5], []]) == {"empty": 0.5, "distinct_1": 1, "distinct_2": None, "repetition": None}
+    assert sample_figures([])["empty"] is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "cause"),
+    [([[4, 4, 4, 4, 4, 4, 4, 4, 4]], "collapse.single_token"), ([[], [5, 6], []], "collapse.eos")],
+    ids=["repeating", "empty"],
+)
+def test_samples_of_a_loop(rows: list[list[int]], cause: str) -> None:
+    watching = monitors.SampleMonitor(patience=5, every=1)
+    found = [alert for _ in range(12) for alert in watching.step(samples=rows)]
+    assert causes(found) == [cause]
+
+
+def test_varied_samples_raise_nothing() -> None:
+    watching = monitors.SampleMonitor(patience=5, every=1)
+    assert [alert for _ in range(12) for alert in watching.step(samples=[[4, 5, 6, 7, 8], [9, 4, 6]])] == []
 
 
 def test_fingerprints_see_one_bit() -> None:
@@ -276,11 +290,12 @@ def test_trainer_sound(tmp_path: Path) -> None:
     watching = monitors.standard(eos_token_id=EOS, log=str(tmp_path / "log.jsonl"))
     trainer(tmp_path, watching, lr_scheduler_type="cosine", warmup_steps=20).train()
     assert [str(alert) for alert in watching.alerts] == []
-    collapse, gradients, updates, rates, _ = watching
+    collapse, gradients, updates, rates, _, samples = watching
     assert [seen["step"] for seen in collapse.observations] == [1, 10, 20, 30, 40, 50, 60]
     assert any(name.startswith("model.layers.") for name in gradients.observations[0]["layers"])
     assert all(0 < ratio < 1 for ratio in updates.observations[1]["layers"].values())  # at step 1 the rate is 0
     assert rates.observations[0]["promised"] == 0
+    assert samples.observations == []
     assert (tmp_path / "log.jsonl").read_text().count("\n") > 20
 
 
@@ -321,3 +336,24 @@ def test_trainer_with_a_dead_schedule(tmp_path: Path) -> None:
     run.optimizers = run.optimizer, run.lr_scheduler = optimizer, PerEpoch(optimizer, noam)
     run.train()
     assert causes(watching.alerts) == ["lr.schedule_per_epoch"]
+
+
+def test_trainer_draws_samples_without_disturbing_the_run(tmp_path: Path) -> None:
+    """Prompts that end in EOS give nothing, and that is named; the run ends as one without the monitor does."""
+    sample = monitors.generated([[5, 6, EOS], [7, EOS]], max_new_tokens=6, pad_token_id=PAD, eos_token_id=EOS)
+    watching = monitors.SampleMonitor(sample, every=10)
+    weights = []
+    for callbacks in ([watching], []):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, callbacks, polluted=True)
+        run.train()
+        weights.append(run.model.lm_head.weight.detach())
+    assert torch.equal(*weights)
+    assert [seen["step"] for seen in watching.observations] == [1, 10, 20, 30, 40, 50, 60]
+    assert causes(watching.alerts) == ["collapse.eos"]
+
+
+def test_samples_need_prompts() -> None:
+    for prompts in ([], [[]]):
+        with pytest.raises(ValueError, match="at least one token"):
+            monitors.generated(prompts, max_new_tokens=4, pad_token_id=PAD, eos_token_id=EOS)
