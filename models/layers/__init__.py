@@ -4,6 +4,7 @@ from models.layers.attention import SelfAttention
 from models.layers.block import DecoderBlock
 from models.layers.config import DecoderConfig
 from models.layers.decoder import Decoder, DecoderForCausalLM, DecoderPreTrainedModel
+from models.layers.extra_cache import keep_beside
 from models.layers.feed_forward import FeedForward, GatedFeedForward, feed_forward
 from models.layers.initialisation import ExactBuffers, ResidualProjection, SelfInitialised, initialise
 from models.layers.masks import Scores, score_mask
@@ -29,6 +30,7 @@ __all__ = [
     "default_positions",
     "feed_forward",
     "initialise",
+    "keep_beside",
     "key_positions",
     "norm",
     "score_mask",

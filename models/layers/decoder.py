@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,7 +16,7 @@ from models.layers.attention import SelfAttention
 from models.layers.block import DecoderBlock
 from models.layers.config import DecoderConfig
 from models.layers.initialisation import initialise
-from models.layers.masks import causal_mask, key_length, real_keys, score_mask
+from models.layers.masks import Scores, causal_mask, key_length, real_keys, score_mask
 from models.layers.norms import norm
 from models.layers.positions import default_positions, key_positions
 
@@ -42,8 +43,9 @@ class DecoderPreTrainedModel(PreTrainedModel):
 class Decoder(DecoderPreTrainedModel):
     """Token embedding, blocks, final norm (pre-norm only).
 
-    Seams for subclasses: `build` (own modules), `make_block`, `encode` (adds to the embeddings), `rotary` (a module
-    that gives cos and sin, or None; `rotation` calls it) and `score_bias` (adds to the scores).
+    Seams for subclasses: `build` (own modules), `make_block`, `stack` (the blocks that are run), `encode` (adds to the
+    embeddings), `rotary` (a module that gives cos and sin, or None; `rotation` calls it), `score_bias` (adds to the
+    scores by position) and `scores` (does to them whatever else).
     """
 
     rotary: nn.Module | None
@@ -65,6 +67,10 @@ class Decoder(DecoderPreTrainedModel):
 
     def make_block(self, config: DecoderConfig, index: int) -> nn.Module:
         return DecoderBlock(config, index)
+
+    def stack(self) -> Iterable[nn.Module]:
+        """The blocks that run behind `encode`, in order."""
+        return self.blocks
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
@@ -94,6 +100,23 @@ class Decoder(DecoderPreTrainedModel):
     @property
     def has_score_bias(self) -> bool:
         return type(self).score_bias is not Decoder.score_bias
+
+    def scores(
+        self,
+        mask: Any,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+    ) -> Scores:
+        """The causal mask (what `causal_mask` gave) with `score_bias` folded in, for all blocks."""
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        bias = None
+        if self.has_score_bias:
+            length = key_length(mask, past_key_values, inputs_embeds.shape[1])
+            keys = key_positions(position_ids, real_keys(attention_mask), length, past)
+            bias = self.score_bias(position_ids, keys, inputs_embeds.dtype)
+        return score_mask(self.config, mask, bias, past)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -126,18 +149,13 @@ class Decoder(DecoderPreTrainedModel):
         if position_ids is None:
             position_ids = default_positions(attention_mask, batch, time, past, inputs_embeds.device)
         mask = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, given)
-        bias = None
-        if self.has_score_bias:
-            length = key_length(mask, past_key_values, time)
-            keys = key_positions(position_ids, real_keys(attention_mask), length, past)
-            bias = self.score_bias(position_ids, keys, inputs_embeds.dtype)
-        scores = score_mask(self.config, mask, bias, past)
+        scores = self.scores(mask, inputs_embeds, position_ids, attention_mask, past_key_values)
         if scores.bias is not None:
             kwargs["position_bias"] = scores.bias
         hidden_states = self.encode(inputs_embeds, input_ids, position_ids, attention_mask, past_key_values)
         hidden_states = self.dropout(self.embedding_norm(hidden_states))
         turned = self.rotation(hidden_states, position_ids)
-        for block in self.blocks:
+        for block in self.stack():
             hidden_states = block(
                 hidden_states,
                 scores.mask,

@@ -70,7 +70,8 @@ def score_mask(config: PreTrainedConfig, mask: Any, bias: Tensor | None, past: i
     if bias is None:
         return Scores(mask)
     if mask is not None and not isinstance(mask, Tensor):
-        return Scores(mask, bias.expand(mask.shape[0], -1, -1, -1))  # flex attention indexes every row
+        # flex attention indexes every row and head
+        return Scores(mask, bias.expand(mask.shape[0], config.num_attention_heads, -1, -1))
     if mask is None:
         if not getattr(config, "is_causal", True):
             return Scores(bias)
