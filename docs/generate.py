@@ -66,6 +66,7 @@ def findings_page() -> str:
         "`python docs/generate.py`; `tests/findings` runs every script against the installed version. Each script",
         "ends with an assert that holds while the fault exists, so the release that mends one is noticed. The scripts",
         "were run on transformers 5.17 and 5.23; a range that ends before 6 means that 5.23 still shows the fault.",
+        "Those of other libraries ([Other libraries](other_libraries.md)) run where those are installed.",
         "",
         "| finding | types | kind | shown by |",
         "| --- | --- | --- | --- |",

@@ -37,7 +37,8 @@ def probe(subject: Specimen, name: str) -> Capability:
 def _takes(field: str, names: tuple[str, ...]) -> Callable[[Specimen], Capability]:
     def takes(subject: Specimen) -> Capability:
         if getattr(subject.convention, field) is None:
-            holder = "call()" if subject.convention.call else f"{type(subject.module).__name__}.forward()"
+            called = subject.convention
+            holder = called.describe() if called.call else f"{type(subject.module).__name__}.forward()"
             return Capability(False, f"{holder} takes none of {', '.join(names)}")
         return YES
 
@@ -50,6 +51,13 @@ def _mask(subject: Specimen) -> Capability:
         subject.announce(refusal)
         return Capability(False, refusal)
     return _takes("mask", conventions.MASK)(subject)
+
+
+def _positions(subject: Specimen) -> Capability:
+    refusal = subject.convention.positions_refusal
+    if refusal:
+        return Capability(False, refusal)
+    return _takes("positions", conventions.POSITIONS)(subject)
 
 
 def _labels(subject: Specimen) -> Capability:
@@ -191,7 +199,7 @@ def _tokenizer(subject: Specimen) -> Capability:
 
 _PROBES: dict[str, Callable[[Specimen], Capability]] = {
     "mask": _mask,
-    "pos": _takes("positions", conventions.POSITIONS),
+    "pos": _positions,
     "cache": _cache,
     "embeds": _embeds,
     "labels": _labels,

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lmconform.adapters import shipped_for
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -32,7 +34,9 @@ ATTENTIONS = ("output_attentions",)
 ADAPTER = """\
 import lmconform, {module}
 
-def call(model, input_ids, **kw):          # input_ids: [batch, time] of int64
+# input_ids: int64 [batch, time]. Inputs that call() names are checked, others are not: attention_mask [batch, time] of
+# 1 and 0, position_ids, past_key_values and use_cache (the cache comes back beside the logits), inputs_embeds, labels
+def call(model, input_ids):
     return model(input_ids)                # must come out as logits: [batch, time, vocab]
 
 subject = lmconform.Subject({module}.build, call=call)      # then: lmconform check this_file.py:subject"""
@@ -66,7 +70,8 @@ class Convention:
 
     `labels_shifted`: the model shifts labels itself (Hugging Face's `labels`); a `targets` argument (nanoGPT) is
     compared with the logits as it stands. `targets_for_logits`: logits of every position come only with targets.
-    `mask_refusal`: why an argument called mask is no padding mask [batch, time] of 1 and 0.
+    `mask_is_bool`: it wants the padding mask as bool. `mask_refusal`: why an argument called mask is no padding mask
+    [batch, time] of 1 and 0; `positions_refusal`: why one called like positions takes none.
     """
 
     ids: str | None
@@ -80,13 +85,15 @@ class Convention:
     hidden_states: str | None = None
     attentions: str | None = None
     targets_for_logits: bool = False
+    mask_is_bool: bool = False
     mask_refusal: str = ""
+    positions_refusal: str = ""
     call: Callable[..., Any] | None = field(default=None, compare=False)
 
     def describe(self) -> str:
         """For example: forward(idx, targets=...) -> logits, loss."""
         if self.call is not None:
-            return "the subject's own call(model, input_ids, **kw)"
+            return f"call() in {self.call.__module__}"
         taken = [
             value
             for key in ("ids", "mask", "positions", "cache", "embeds", "labels")
@@ -115,7 +122,7 @@ class Convention:
                 if key == "use_cache":
                     continue
                 raise ConventionError(f"{self.describe()} takes no {key}")
-            keywords[name] = value
+            keywords[name] = value.bool() if key == "mask" and self.mask_is_bool else value
         if self.targets_for_logits and self.labels not in keywords and input_ids is not None:
             assert self.labels is not None
             keywords[self.labels] = input_ids
@@ -238,7 +245,8 @@ def find_convention(
             except Exception as error:
                 tried.append(f"{candidate.describe()}: {type(error).__name__}: {first_line(error)}")
                 continue
-        return _without_other_mask(candidate, module, input_ids, logits), logits.shape[-1]
+        known = _with_known_mask(candidate, module, input_ids, logits)
+        return _with_known_positions(known, module, input_ids), logits.shape[-1]
     raise ConventionError(
         f"found no way to get logits [batch, time, vocab] out of {type(module).__name__}. Tried, with ids of shape "
         f"{list(input_ids.shape)}:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(tried)) + "\n"
@@ -247,29 +255,56 @@ def find_convention(
     )
 
 
-def _without_other_mask(found: Convention, module: nn.Module, input_ids: Tensor, logits: Tensor) -> Convention:
-    """The convention without its mask, where an argument of a general name is no padding mask.
+def _with_known_mask(found: Convention, module: nn.Module, input_ids: Tensor, logits: Tensor) -> Convention:
+    """The convention as its mask wants it: int64 or bool; without it where it is no padding mask.
 
-    A padding mask of ones hides nothing: it must be taken, as int64 or as bool, and leave the logits alone. An argument
-    called attention_mask is taken at its word, so that what is wrong with it is for the checks to say.
+    A padding mask of ones hides nothing: it must leave the logits alone, in the type in which it is taken. An argument
+    called attention_mask is taken at its word, as int64 if that works, so that what is wrong with it is for the checks
+    to say; any other is dropped where ones are refused or change the logits in either type.
     """
     import torch
 
-    if found.mask not in ANY_MASK:
+    if found.mask is None:
         return found
     what = f"{found.mask}= is no padding mask [batch, time] with 1 for a token"
     ones = torch.ones_like(input_ids)
-    for mask in (ones, ones.bool()):
-        given = f"ones {list(mask.shape)} of {str(mask.dtype).removeprefix('torch.')}"
+    taken: list[Convention] = []
+    refused: list[str] = []
+    for kind in ("int64", "bool"):
+        given = f"ones {list(ones.shape)} of {kind}"
+        candidate = replace(found, mask_is_bool=kind == "bool")
         try:
             with torch.no_grad():
-                masked = found.run(module, input_ids, mask=mask).logits
+                masked = candidate.run(module, input_ids, mask=ones).logits
         except Exception as error:
-            refusal = f"{what}: {given} raise {type(error).__name__}: {first_line(error)}"
-            return replace(found, mask=None, mask_refusal=refusal)
+            refused.append(f"{given} raise {type(error).__name__}: {first_line(error)}")
+            continue
+        taken.append(candidate)
+        if found.mask not in ANY_MASK:
+            break
         moved = float((masked.double() - logits.double()).abs().max()) if masked.shape == logits.shape else float("nan")
         if not moved <= SAME * float(logits.double().std()):
             return replace(found, mask=None, mask_refusal=f"{what}: {given} change the logits (by {moved:.3g})")
+    if taken or found.mask not in ANY_MASK:
+        return (taken or [found])[0]
+    return replace(found, mask=None, mask_refusal=f"{what}: {'; '.join(refused)}")
+
+
+def _with_known_positions(found: Convention, module: nn.Module, input_ids: Tensor) -> Convention:
+    """The convention without its positions, where an argument of a general name takes no 0, 1, ... [1, time].
+
+    litgpt's `input_pos` is taken only after set_kv_cache(). position_ids are taken at their word.
+    """
+    import torch
+
+    if found.positions is None or found.positions == POSITIONS[0]:
+        return found
+    try:
+        with torch.no_grad():
+            found.run(module, input_ids, positions=torch.arange(input_ids.shape[1], device=input_ids.device)[None])
+    except Exception as error:
+        refusal = f"{found.positions}= takes no positions 0, 1, ... [1, time]: {type(error).__name__}: "
+        return replace(found, positions=None, positions_refusal=refusal + first_line(error))
     return found
 
 
@@ -295,16 +330,10 @@ def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[
         shared["hidden_states"] = shared["hidden_states"] or "output_hidden_states"
         shared["attentions"] = shared["attentions"] or "output_attentions"
     if call is not None:
-        inputs = inspect.signature(call).parameters
-        own: dict[str, Any] = {
-            key: next((name for name in names if name in inputs), None)
-            for key, names in (
-                ("mask", MASK), ("positions", POSITIONS), ("cache", CACHE), ("use_cache", USE_CACHE),
-                ("embeds", EMBEDS), ("labels", LABELS),
-            )
-        }  # fmt: skip
-        yield Convention(None, call=call, labels_shifted=own["labels"] == "labels", **own)
+        yield _of_call(call)
         return
+    if (shipped := shipped_for(module)) is not None:
+        yield _of_call(shipped)
     known = [name for name in IDS if name in named]
     required = [
         name
@@ -318,6 +347,19 @@ def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[
     if open_keywords and not known:
         yield Convention("input_ids", **shared)
     yield Convention(None, **shared)
+
+
+def _of_call(call: Callable[..., Any]) -> Convention:
+    """The convention of a `call(model, input_ids, **inputs)`: it takes the inputs that it names."""
+    inputs = inspect.signature(call).parameters
+    own: dict[str, Any] = {
+        key: next((name for name in names if name in inputs), None)
+        for key, names in (
+            ("mask", MASK), ("positions", POSITIONS), ("cache", CACHE), ("use_cache", USE_CACHE),
+            ("embeds", EMBEDS), ("labels", LABELS),
+        )
+    }  # fmt: skip
+    return Convention(None, call=call, labels_shifted=own["labels"] == "labels", **own)
 
 
 def expect_logits(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:

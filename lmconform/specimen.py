@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lmconform.devices import Device
 
 LARGE = 1 << 30  # bytes of weights from which a copy is announced
-LONGEST_PROBE = 128
+PROBED = (128, 256, 512, 1024)  # tokens, until one is refused, to find a context that nobody states
 
 
 class Unavailable(Exception):
@@ -110,14 +110,18 @@ class Specimen:
 
     @functools.cached_property
     def context_length(self) -> int | None:
-        """How many tokens it takes: stated, or found by trying up to 128; None where no limit was met."""
+        """How many tokens it takes: stated, or found by trying up to 1024; None where no limit was met."""
         stated = structure.context_length(self.module)
         if stated is not None:
             return stated
-        refusal = self._refusal(LONGEST_PROBE)
-        if refusal is None:
+        low = 5
+        for high in PROBED:
+            refusal = self._refusal(high)
+            if refusal is not None:
+                break
+            low = high
+        else:
             return None
-        low, high = 5, LONGEST_PROBE
         while high - low > 1:
             middle = (low + high) // 2
             refused = self._refusal(middle)
@@ -278,8 +282,8 @@ class Specimen:
             if self.builder is None or not _shares_memory(copied, self.module):
                 return copied
         fresh = self.builder(self.seed)
-        fresh.load_state_dict(self.module.state_dict())
-        return self.put(fresh.to(dtype=self.dtype)).train(self.module.training)
+        give_weights(fresh, self.module)
+        return self.put(fresh.to(self.dtype)).train(self.module.training)
 
     def twin(self) -> Specimen | None:
         """A float64 copy, made once; None where the model does not run in float64, or says something else there."""
@@ -318,7 +322,7 @@ class Specimen:
         """Built anew under that seed, weights as the builder leaves them. Raises Unavailable without a builder."""
         if self.builder is None:
             raise Unavailable(str(self.can("rebuild").reason))
-        return self._derive(self.put(self.builder(seed).to(dtype=self.dtype)).eval(), seed=seed)
+        return self._derive(self.put(self.builder(seed).to(self.dtype)).eval(), seed=seed)
 
     def unused(self) -> Specimen:
         """A copy that no forward has run through yet: built anew and given these weights, where that can be done.
@@ -328,7 +332,7 @@ class Specimen:
         if self.builder is None or self.weight_bytes > LARGE:
             return self.copy()
         made = self.fresh(self.seed)
-        made.module.load_state_dict(self.module.state_dict(), strict=False)
+        give_weights(made.module, self.module)
         return made
 
     def as_loaded(self) -> Specimen:
@@ -336,7 +340,7 @@ class Specimen:
         if self._pristine is None:
             return self
         if self._loaded is None:
-            module = self.put(self._pristine().to(dtype=self.dtype)).eval()
+            module = self.put(self._pristine().to(self.dtype)).eval()
             self._loaded = self._derive(module, pristine=None)
         return self._loaded
 
@@ -377,6 +381,19 @@ class Specimen:
                 if parameter.dim() >= 2:
                     parameter.mul_(factor)
         return copied
+
+
+def give_weights(module: nn.Module, source: nn.Module) -> None:
+    """The state dict, then every parameter by name: a state_dict() of the model's own may leave some out."""
+    import torch
+
+    state = source.state_dict()
+    module.load_state_dict({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}, strict=False)
+    theirs = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in theirs:
+                parameter.copy_(theirs[name].cpu())
 
 
 def _shares_memory(copied: nn.Module, module: nn.Module) -> bool:

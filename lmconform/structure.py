@@ -84,24 +84,47 @@ def special_ids(module: nn.Module) -> dict[str, int]:
 def blocks(module: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential] | None:
     """Name and list of the repeated blocks (layers): the ModuleList that holds the most parameters.
 
-    An nn.Sequential counts where it holds two or more composite modules of one class. A tower that reads images or
-    sound counts only where there is nothing else: no token runs through it.
+    An nn.Sequential counts where it holds two or more composite modules of one class. Where there is neither, a list
+    of lists counts (`for norm, attend, add in self.layers`, as in x-transformers): each inner list is a block that is
+    never called itself, see `called`. A tower that reads images or sound counts only where there is nothing else: no
+    token runs through it.
     """
     from torch import nn
 
-    lists = [
-        (name, part)
+    full = {
+        name: part
         for name, part in module.named_modules()
         if (isinstance(part, nn.ModuleList) or _of_equals(part))
         and len(part) > 0
-        and not any(isinstance(child, nn.Embedding | nn.ModuleList) for child in part)
+        and not any(child is None or isinstance(child, nn.Embedding) for child in part)
+    }
+    nested = [name for name, part in full.items() if any(isinstance(child, nn.ModuleList) for child in part)]
+    unlike = [name for name, part in full.items() if len({type(child) for child in part}) > 1]  # one layer's parts
+    lists = [
+        (name, part)
+        for name, part in full.items()
+        if name not in nested and not (name in unlike and name.rpartition(".")[0] in nested)
     ]
+    if not lists:
+        lists = [(name, full[name]) for name in nested if all(called(child) for child in full[name])]
     beside = Counter((name.rpartition(".")[0], len(part)) for name, part in lists)
     # three lists of one length side by side (XLM: attentions, norms, ffns) are one layer's parts, not layers
     lists = [(name, part) for name, part in lists if beside[name.rpartition(".")[0], len(part)] < 3]
     if not lists:
         return None
     return max(lists, key=lambda item: (not OTHER_SENSE.search(item[0]), _size(item[1]), -len(item[0])))
+
+
+def called(block: nn.Module) -> list[nn.Module]:
+    """The modules whose calls make up a call of `block`: itself, or, where it is a list, what it lists.
+
+    In the order of the list, which need not be that of the calls.
+    """
+    from torch import nn
+
+    if type(block).forward is not nn.Module.forward:
+        return [block]
+    return [part for child in block.children() for part in called(child)]
 
 
 def _of_equals(part: nn.Module) -> TypeGuard[nn.Sequential]:

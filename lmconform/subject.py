@@ -115,7 +115,7 @@ class Subject:
         if not as_loaded:
             pristine = _pristine(self, module, seed)
         try:
-            module = home.put(module.to(dtype=dtype) if dtype else module, announce)
+            module = home.put(module.to(dtype) if dtype else module, announce)
         except Exception as error:
             raise BuildError(
                 f"{self.name}: .to({home.place}) raised {type(error).__name__}: {first_line(error)}"

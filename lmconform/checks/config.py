@@ -30,6 +30,7 @@ FACTOR = (
 )  # fmt: skip
 SOFTCAP = ("attn_logit_softcapping", "final_logit_softcapping")
 SWITCH = ("scale_attn_weights", "scale_embedding", "norm_topk_prob", "use_parallel_residual", "parallel_attn")
+EXPERTS = ("n_expert", "num_experts", "n_experts", "n_routed_experts", "num_local_experts")
 BASE = ("rope_theta", "rotary_emb_base")
 DROPOUT = (
     "attention_dropout", "attn_pdrop", "attn_dropout", "hidden_dropout", "resid_pdrop", "resid_dropout", "embd_pdrop",
@@ -131,7 +132,7 @@ def _rebuilder(subject: Specimen, ctx: Context) -> Callable[[dict[str, Any]], nn
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = type(subject.module)(changed)
-        module = module.to(device=subject.device, dtype=subject.dtype).eval()
+        module = module.to(subject.device).to(subject.dtype).eval()
         own = module.state_dict()
         fitting = {
             name: tensor for name, tensor in weights.items()
@@ -259,6 +260,8 @@ def _knobs(config: Any) -> Iterator[Knob]:
         if isinstance(value := _value(config, name), int | float) and not isinstance(value, bool):
             yield Knob(name, value / 64, "logits")
     for name in FACTOR:
+        if name == "routed_scaling_factor" and any(_value(config, experts) == 0 for experts in EXPERTS):
+            continue  # one config class for dense models and mixtures, as in litgpt
         if isinstance(value := _value(config, name), int | float) and not isinstance(value, bool):
             yield Knob(name, value * 2 if value else 2.0, "logits")
     for name in SWITCH:

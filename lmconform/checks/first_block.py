@@ -26,6 +26,22 @@ class _Caught(BaseException):
 _found: WeakKeyDictionary[Specimen, list[nn.Module] | str] = WeakKeyDictionary()
 
 
+class _Entries:
+    """Tells a block's first part from its later ones, forward after forward; of one that is called itself, the call."""
+
+    def __init__(self) -> None:
+        self._block: int | None = None
+        self._seen: set[nn.Module] = set()
+
+    def enters(self, block: int, part: nn.Module) -> bool:
+        """Whether this call of a part enters its block: the one before was another block's, or the round is over."""
+        anew = block != self._block or part in self._seen
+        if anew:
+            self._block, self._seen = block, set()
+        self._seen.add(part)
+        return anew
+
+
 def blocks(subject: Specimen) -> list[nn.Module] | str:
     """The repeated blocks that a forward on token ids calls, in order; or, in words, why there are none.
 
@@ -47,22 +63,27 @@ def _find(subject: Specimen) -> list[nn.Module] | str:
     candidates += [
         part
         for part in subject.module.modules()
-        if isinstance(part, nn.ModuleList) and len(part) > 0 and part is not named[1]
+        if isinstance(part, nn.ModuleList) and len(part) > 0 and part is not named[1] and None not in list(part)
         and len({type(child) for child in part}) == 1
     ]  # fmt: skip
     called: list[list[int]] = [[] for _ in candidates]
 
-    def kept(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, index: int) -> None:
+    def kept(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, index: int, block: nn.Module
+    ) -> None:
         """A block gives back what is as wide as what it was given; one head of an attention does not."""
         found = _hidden(args, kwargs)
         first = output[0] if isinstance(output, tuple | list) and output else output
-        if found is None or getattr(first, "shape", found[1].shape) == found[1].shape:
-            called[index].append(id(module))
+        if found is not None and getattr(first, "shape", found[1].shape) != found[1].shape:
+            return
+        if module is block or called[index][-1:] != [id(block)]:  # the parts of a list count once
+            called[index].append(id(block))
 
     hooks = [
-        block.register_forward_hook(functools.partial(kept, index=index), with_kwargs=True)
+        part.register_forward_hook(functools.partial(kept, index=index, block=block), with_kwargs=True)
         for index, stack in enumerate(candidates)
         for block in stack
+        for part in structure.called(block)
     ]
     try:
         subject.logits(subject.probe_ids(1, 4))
@@ -116,13 +137,14 @@ def block_input(subject: Specimen, input_ids: Tensor, **inputs: Any) -> Tensor |
             caught.append(found[1].detach().clone())
         raise _Caught
 
-    hook = stack[0].register_forward_pre_hook(catch, with_kwargs=True)
+    hooks = [part.register_forward_pre_hook(catch, with_kwargs=True) for part in structure.called(stack[0])]
     try:
         subject.logits(input_ids, **inputs)
     except _Caught:
         pass
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     batch, time = input_ids.shape
     if not caught:
         return None
@@ -149,38 +171,46 @@ def alone(stack: list[nn.Module], index: int | None = 0) -> Iterator[list[Tensor
     are on.
     """
     inputs: list[Tensor] = []
+    entries = _Entries()
+    given: dict[int, tuple[Tensor, Tensor]] = {}  # by block: what it was given, and what stands for that within it
 
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def enter(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], place: int
+    ) -> tuple[Any, dict[str, Any]] | None:
         import torch
 
-        found = _hidden(args, kwargs)
-        if found is None or not torch.is_grad_enabled():
+        if entries.enters(place, module):
+            given.pop(place, None)
+            found = _hidden(args, kwargs)
+            if found is not None:
+                given[place] = found[1], found[1]
+                if place == index and torch.is_grad_enabled():
+                    given[place] = found[1], found[1].detach().clone().requires_grad_(True)
+                    inputs.append(given[place][1])
+        if place not in given:
             return None
-        place, value = found
-        leaf = value.detach().clone().requires_grad_(True)
-        inputs.append(leaf)
-        if isinstance(place, int):
-            return (*args[:place], leaf, *args[place + 1 :]), kwargs
-        return args, {**kwargs, place: leaf}
+        own, leaf = given[place]  # a list's later parts may be given it too, as the residual is
+        return tuple(leaf if v is own else v for v in args), {k: leaf if v is own else v for k, v in kwargs.items()}
 
-    def pass_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def pass_on(module: nn.Module, args: tuple[Any, ...], output: Any, place: int) -> Any:
         import torch
 
-        found = _hidden(args, kwargs)
-        if found is None:
+        if place not in given:
             return None
+        own = given[place][0]
         if isinstance(output, torch.Tensor):
-            return found[1]
-        if isinstance(output, tuple | list) and output:
+            return own if output.shape == own.shape else None
+        if isinstance(output, tuple | list) and output and getattr(output[0], "shape", None) == own.shape:
             make = getattr(type(output), "_make", type(output))  # named tuples take their fields one by one
             try:
-                return make((found[1], *output[1:]))
+                return make((own, *output[1:]))
             except TypeError:  # a tuple of a class of its own
-                return (found[1], *output[1:])
+                return (own, *output[1:])
         return None
 
-    hooks = [] if index is None else [stack[index].register_forward_pre_hook(catch, with_kwargs=True)]
-    hooks += [block.register_forward_hook(pass_on, with_kwargs=True) for i, block in enumerate(stack) if i != index]
+    parts = [(i, part) for i, block in enumerate(stack) for part in structure.called(block)]
+    hooks = [part.register_forward_pre_hook(functools.partial(enter, place=i), with_kwargs=True) for i, part in parts]
+    hooks += [part.register_forward_hook(functools.partial(pass_on, place=i)) for i, part in parts if i != index]
     try:
         yield inputs
     finally:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lmconform import tolerance
+from lmconform import charts, tolerance
 from lmconform.checks import parity_readings as readings
+from lmconform.checks.scale import SOFTMAX_TIME, entropy_of
 from lmconform.context import Hint, Unavailable
 from lmconform.measuring import traces
 from lmconform.measuring.pairing import Pair, pair_parameters, unclaimed
@@ -104,6 +105,7 @@ def _reading(mine: Tensor, expected: Tensor, bound: float) -> Hint:
             f"positions 0 to {first - 1} agree, so embedding, norms and feed-forward do: look at what mixes positions "
             "(mask, position encoding, window, attention scale); parity.hidden names the layer",
             "position.layout",
+            "position.rates",
             "attention.heads_scrambled",
             "attention.kv_groups",
             "attention.unscaled",
@@ -292,11 +294,16 @@ def _first_module(ours: Specimen, theirs: Specimen, ids: Tensor, block: str, oth
         return None if value is None else any(_holds(whole, value, slack) for whole in known)
 
     agrees = [found(call.output) for call in mine]
+    pool = [value.cpu().double().flatten(2) for value in known if value.dim() >= 3 and value.shape[:2] == ids.shape]
+    reordered = ""
     for place, call in enumerate(mine):
         if agrees[place]:
             continue
         behind = {later.name for later, same in zip(mine[place + 1 :], agrees[place + 1 :]) if same}
         if behind and _moved_by(ours, ids, call.name, behind, mine):
+            continue
+        if _reordered(pool, call.output, slack):
+            reordered = call.name
             continue
         if call.input is not None and found(call.input) is False:
             if call.input.dim() == 3 and any(_holds(v[:, :1], call.input[:, :1], slack) for v in known if v.dim() == 3):
@@ -305,9 +312,20 @@ def _first_module(ours: Specimen, theirs: Specimen, ids: Tensor, block: str, oth
                     "sees one token; every module before it agrees: look at the attention scores (position encoding, "
                     "its share of each head, scale) and the mask",
                     "position.layout",
+                    "position.rates",
                     "position.base_kept",
                     "attention.unscaled",
                     "mask.window",
+                )
+            if reordered:
+                return Hint(
+                    f"what goes into {call.name} is found nowhere in {other}, and {reordered} before it gives the "
+                    "channels of the reference in another order: heads, or q, k and v, are laid out otherwise than the "
+                    "code behind it reads them (parity.transfer says which); or that code differs",
+                    "weights.sliced_wrong",
+                    "attention.heads_scrambled",
+                    "position.layout",
+                    "attention.kv_groups",
                 )
             return Hint(
                 f"what goes into {call.name} is found nowhere in {other}, and every module before it agrees: look at "
@@ -365,6 +383,23 @@ def _holds(whole: Tensor, value: Tensor, slack: float) -> bool:
     )
 
 
+def _reordered(pool: list[Tensor], value: Tensor, slack: float) -> bool:
+    """Whether every channel of `value` [batch, time, ...] is one in the pool: fused, split or permuted projections."""
+    import torch
+
+    if not pool or value.dim() < 3 or value.shape[:2] != pool[0].shape[:2]:
+        return False
+    channels = value.cpu().double().flatten(2).flatten(0, 1).T  # [channel, batch * time]
+    bound = slack * float(value.abs().max())
+    left = torch.ones(len(channels), dtype=torch.bool)
+    for whole in pool:
+        apart = torch.cdist(channels[left], whole.flatten(0, 1).T.contiguous(), p=float("inf"))
+        left[left.clone()] = apart.amin(-1) > bound
+        if not bool(left.any()):
+            return True
+    return False
+
+
 @register_check(
     "parity.scale",
     holds="per-layer RMS ratio to the reference within the band",
@@ -378,7 +413,11 @@ def check_scale(subject: Specimen, ctx: Context) -> None:
     columns = columns_of(ctx, ours, theirs)
     ids = shared_ids(ctx, ours, theirs, 4, 32)
     mine, expected = _streams(ctx, ours, theirs, ids)
-    ratios = [_rms(a) / max(_rms(b), 1e-300) for a, b in zip(mine.states, expected.states)]
+    sizes = [(_rms(a), _rms(b)) for a, b in zip(mine.states, expected.states)]
+    ratios = [own / max(other, 1e-300) for own, other in sizes]
+    lines = {"the model": [own for own, _ in sizes], "the reference": [other for _, other in sizes]}
+    ctx.record(charts.curves("Hidden-state RMS by layer", "blocks passed", "RMS", lines, log="y"))
+    _record_entropies(ctx, ours, theirs)
     spread = float(
         mine.logits[..., :columns].double().std() / expected.logits[..., :columns].double().std().clamp(min=1e-300)
     )
@@ -395,6 +434,17 @@ def check_scale(subject: Specimen, ctx: Context) -> None:
             where=place,
             hint=_sized(ours, theirs, ids, *states[index], *states[-1]) if measured > math.log(BAND) else "",
         )
+
+
+def _record_entropies(ctx: Context, ours: Specimen, theirs: Specimen) -> None:
+    """Attention entropy by layer beside the reference's, where both have as many layers of it."""
+    ids = shared_ids(ctx, ours, theirs, 4, SOFTMAX_TIME)
+    lines = {
+        name: [entropy_of(found) for found in traces.attention_scores(specimen, ids.to(specimen.device))]
+        for name, specimen in (("the model", ours), ("the reference", theirs))
+    }
+    if len(lines["the model"]) == len(lines["the reference"]) > 0:
+        ctx.record(charts.curves("Attention entropy by layer", "layer", "share of the largest", lines))
 
 
 def _sized(

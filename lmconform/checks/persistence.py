@@ -199,7 +199,10 @@ def check_meta(subject: Specimen, ctx: Context) -> None:
     expected = named_tensors(subject.module)
     for name, tensor in named_tensors(loaded.module).items():
         if name in expected and not same_bits(tensor, expected[name]):
-            ctx.fail(f"{name} is not what it was after {how}: uninitialised, or another value", where=name, hint=hint)
+            message = f"{name} is not what it was after {how}: uninitialised, or another value"
+            if tensor.requires_grad:
+                hint = Hint("a parameter that the state dict lacks, or that the load passes by", "weights.not_saved")
+            ctx.fail(message, where=name, hint=hint)
     ctx.equal(loaded.logits(ids), subject.logits(ids), f"logits differ after {how}", hint=hint)
 
 
@@ -232,7 +235,7 @@ def _from_meta(subject: Specimen, ctx: Context) -> Specimen:
                 f"{name} is outside the state dict, and {type(owner).__name__} has no reset_parameters()"
             )
         resets[name.rpartition(".")[0]] = method
-    module = module.to(dtype=subject.dtype).to_empty(device=subject.device)
+    module = module.to(subject.dtype).to_empty(device=subject.device)
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if name in state or name in own:

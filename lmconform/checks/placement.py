@@ -14,7 +14,7 @@ from lmconform.conventions import first_line
 from lmconform.measuring.exercises import Course, Run, exercised, exercises, forward, probe, sound_here
 from lmconform.measuring.traces import Call, recorded
 from lmconform.registry import register_check
-from lmconform.specimen import Specimen
+from lmconform.specimen import Specimen, give_weights
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.simulated import Origin, PlacementError, Stray
 
+MOVED = "forward, moved after a first one"
 COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
 
 UNREGISTERED = Hint(
@@ -44,6 +45,12 @@ HARD_CODED = Hint(
     "a device is written into the code (.cuda(), device='cuda', a self.device remembered from __init__): take it from "
     "the input, x.device",
     "device.hard_coded",
+)
+KEPT = Hint(
+    "made in the first call, on the device of that call, and kept in a closure, a cache or a plain attribute: register "
+    "it as a buffer, or make it anew on x.device",
+    "device.unregistered_tensor",
+    "device.created_on_default",
 )
 REPLACED = Hint(
     "forward() assigns it anew, on the default device: make it in __init__, or with device=x.device",
@@ -69,11 +76,15 @@ def courses(subject: Specimen, ctx: Context) -> tuple[Course, list[Course]]:
     tasks = {name: task for name, task in exercises(subject).items() if here.runs[name].error is None}
     ids = probe(subject, ctx)
     there = []
+    here.runs[MOVED] = here.runs["forward"]
     for device, context, pretended in _places():
         with context:
             copied = subject.unused()
             copied.module.to(device)
             course = exercised(copied, device, ids, tasks)
+            ran = subject.copy()  # it has answered where it was: what it keeps from then must move, too
+            ran.module.to(device)
+            course.runs[MOVED] = exercised(ran, device, ids, {MOVED: forward}).runs[MOVED]
         course.pretended = pretended
         there.append(course)
     _courses[subject] = ctx.seed, here, there
@@ -154,7 +165,7 @@ def _raised(ctx: Context, course: Course, task: str, run: Run) -> None:
     assert run.error is not None
     if isinstance(run.error, PlacementError):
         message, where, hint = explained(run.error, run.place, course.device)
-        ctx.fail(f"{message} ({task})", where=where, hint=hint)
+        ctx.fail(f"{message} ({task})", where=where, hint=KEPT if task == MOVED else hint)
     kind = "simulated " if course.pretended else ""
     ctx.fail(
         f"{task} runs on the CPU and raises on {kind}{course.device}: {type(run.error).__name__}: "
@@ -234,7 +245,7 @@ def check_parity(subject: Specimen, ctx: Context) -> None:
 
 def _first_that_differs(subject: Specimen, ctx: Context, course: Course, task: str, allowed: float) -> str:
     """The first module that is given what it is given on the CPU, and gives something else there."""
-    exercise, ids = exercises(subject)[task], probe(subject, ctx)
+    exercise, ids = exercises(subject).get(task, forward), probe(subject, ctx)
 
     def followed_to(device: torch.device | str) -> list[Call]:
         copied = subject.copy()
@@ -316,8 +327,6 @@ def _built_there(
     subject: Specimen, ctx: Context, ids: Tensor, device: torch.device, pretended: bool, expected: Tensor
 ) -> None:
     assert subject.builder is not None
-    # whatever the constructor computes is kept; weights that were excited or loaded are copied over it
-    state = {name: value.detach().cpu() for name, value in subject.module.state_dict().items()}
     text = f"built under the default device {device}"
     try:
         with default_device(device):
@@ -335,8 +344,8 @@ def _built_there(
                 "device.created_on_default",
             ),
         )
-    module.load_state_dict(state)
-    built = subject._derive(module.to(dtype=subject.dtype).eval())
+    give_weights(module, subject.module)  # they were excited or loaded; what else the constructor computed stays
+    built = subject._derive(module.to(subject.dtype).eval())
     with default_device(device):
         course = exercised(built, built.device, ids, {"forward": forward})
     for name, place in course.strays.items():

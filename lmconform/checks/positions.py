@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SOUND = ("contract.shape", "contract.finite", "contract.repeatable")
 LONGEST = 128  # positions looked at where the context is longer
+MOST = 0.9  # of all pairs of positions: what is left is rounding
 TABLE = 2048  # rows of an absolute encoding looked at
 QUERY_STEP = 8
 DAMPED = 0.1
@@ -160,7 +161,12 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     stack = _stack(subject, ctx)
     context = subject.longest(LONGEST)
     looked = False
+    tokenwise = _tokenwise(subject, ctx, stack)
+    if tokenwise:
+        ctx.note(f"blocks {', '.join(map(str, tokenwise))} mix no tokens: they are the feed-forward parts of layers")
     for index in range(min(len(stack), 8)):
+        if index in tokenwise:
+            continue
         stated = _stated_window(subject, index, len(stack))
         if isinstance(stated, int) and any(_convolves(part) for part in stack[index].modules()):
             stated = "reaches past its window by a convolution"
@@ -174,6 +180,22 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
             _reach_of(subject, ctx, stack, index, stated, [context - 1], context)
     if not looked:
         ctx.not_applicable("; ".join(ctx.notes))
+
+
+def _tokenwise(subject: Specimen, ctx: Context, stack: list[nn.Module]) -> list[int]:
+    """Blocks that are half a layer, the half without attention: lists (`structure.called`) of one make beside others,
+    none of which lets a token feel another, while those of another make do."""
+    makes = [tuple(type(part) for part in structure.called(block)) for block in stack[:8]]
+    if len(set(makes)) == 1 or any(make == (type(block),) for make, block in zip(makes, stack)):
+        return []
+    ids = ctx.ids(1, subject.longest(6))
+    queries = list(range(ids.shape[1]))
+    mixes: set[tuple[type, ...]] = set()
+    for index, make in enumerate(makes):
+        influence = _influence(subject, ctx, stack, index, ids, queries) if make not in mixes else None
+        if influence is not None and bool((influence.abs().amax(-1).tril(-1) > 0).any()):
+            mixes.add(make)
+    return [index for index, make in enumerate(makes) if make not in mixes] if mixes else []
 
 
 def _reach_of(
@@ -323,7 +345,7 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
             received, length = _taken(subject, ctx, received, length)
         alike = _alike(received[None].double(), torch.zeros(1, dtype=torch.long) + length)
         if alike:
-            _fail_alike(ctx, alike, "what the first block receives is the same")
+            _fail_alike(ctx, length, alike, "what the first block receives is the same")
         return
     kinds = _one_of_each_kind(subject.config, len(stack))
     length = subject.longest(LONGEST)
@@ -347,10 +369,10 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
         if not alike:
             return
         if len(alike) < length * (length - 1) // 3:
-            _fail_alike(ctx, alike, "every later position weighs them the same")
+            _fail_alike(ctx, length, alike, "every later position weighs them the same")
         blind = blind or alike
     if blind and not reasons:
-        _fail_alike(ctx, blind, "every later position weighs them the same")
+        _fail_alike(ctx, length, blind, "every later position weighs them the same")
     if blind:
         reasons.append("blocks of another kind see no positions at all, and rely on these")
     ctx.not_applicable("; ".join(reasons))
@@ -400,7 +422,7 @@ def _alike(signature: Tensor, before: Tensor) -> list[tuple[int, int]]:
     return [(one, other) for one, other in same.nonzero().tolist()]
 
 
-def _fail_alike(ctx: Context, alike: list[tuple[int, int]], evidence: str) -> Never:
+def _fail_alike(ctx: Context, length: int, alike: list[tuple[int, int]], evidence: str) -> Never:
     one, other = alike[0]
     gap = {b - a for a, b in alike}
     if len(gap) == 1 and min(gap) > 1:
@@ -410,6 +432,13 @@ def _fail_alike(ctx: Context, alike: list[tuple[int, int]], evidence: str) -> Ne
         )
     elif len({a for a, _ in alike} | {b for _, b in alike}) == max(b for _, b in alike) - one + 1 and one > 0:
         hint = Hint(f"all positions from {one} on are one: a clamp to the table's last row", "position.collision")
+    elif 2 * len(alike) >= MOST * length * (length - 1):
+        hint = Hint(
+            "hardly any position is told from another: the encoding is not applied, or is the same for all",
+            "position.absent",
+            "position.no_op",
+            "position.collision",
+        )
     else:
         hint = Hint(
             "positions are rounded, divided or made in a type too small for them, or the encoding is not applied",
@@ -454,3 +483,15 @@ def check_defaults(subject: Specimen, ctx: Context) -> None:
                 "position.offset",
             ),
         )
+        if subject.can("mask"):
+            ctx.equal(
+                subject.logits(ids, mask=torch.ones_like(ids)),
+                subject.logits(ids),
+                "logits with a padding mask that hides nothing differ from logits without one",
+                hint=Hint(
+                    "positions counted from the mask start at another number than those counted without: "
+                    "cumsum() - 1, or the mask takes another path",
+                    "position.offset",
+                    "mask.fast_path",
+                ),
+            )

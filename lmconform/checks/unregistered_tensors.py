@@ -157,15 +157,14 @@ def check_sharing(subject: Specimen, ctx: Context) -> None:
                 name
             )
     declared = declared_ties(module)
-    ends = {
-        f"{name}.weight"
-        for name, part in module.named_modules()
-        if part is structure.embedding(module, subject.vocab_size) or part is structure.head(module, subject.vocab_size)
-    }
+    tables = (structure.embedding(module, subject.vocab_size), structure.head(module, subject.vocab_size))
+    ends = {part for table in tables if table is not None for part in table.modules()}
     for names in places.values():
-        outside = [name for name in names if name not in ends and not any(_matches(name, tie) for tie in declared)]
+        outside = [
+            name for name in names if _owner(module, name) not in ends and not any(_matches(name, t) for t in declared)
+        ]
         # of n names for one tensor one is the source; the others are to be declared
-        if len(names) > 1 and len(outside) > 1:
+        if len(names) > 1 and len(outside) > 1 and not _one_place(subject, outside):
             ctx.fail(
                 "parameters in different places are one tensor, and no tie is declared",
                 where=f"{' and '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}",
@@ -175,6 +174,24 @@ def check_sharing(subject: Specimen, ctx: Context) -> None:
                     "init.shared_layers",
                 ),
             )
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _one_place(subject: Specimen, names: list[str]) -> bool:
+    """Whether the names lead to one module that a forward calls once at most: two paths to it, no layer repeated."""
+    owners = {_owner(subject.module, name) for name in names}
+    if len(owners) > 1:
+        return False
+    calls: list[int] = []
+    hook = owners.pop().register_forward_pre_hook(lambda module, args: calls.append(1))
+    try:
+        subject.logits(subject.probe_ids())
+    finally:
+        hook.remove()
+    return len(calls) <= 1
 
 
 def declared_ties(module: nn.Module) -> list[str]:

@@ -70,6 +70,7 @@ class Generator:
         self.holder = type(subject.module).__name__
         parameters = inspect.signature(subject.module.generate).parameters  # type: ignore[arg-type]
         self.hugging_face = "generation_config" in parameters
+        self.quiet, self.stops_at_eos = "verbose" in parameters, "stop_at_eos" in parameters  # TransformerLens
         self.signature = ", ".join(parameters)
         named = [
             name
@@ -167,6 +168,10 @@ class Generator:
             controls["max_length"] = ids.shape[1] + new
         if mask is not None:
             controls["attention_mask"] = mask
+        if self.quiet:
+            controls["verbose"] = False
+        if self.stops_at_eos and "eos_token_id" not in controls:
+            controls["stop_at_eos"] = False  # without a tokenizer there is none that it could know
         keywords = {self.names.get(name, name): value for name, value in controls.items()}
         module = self.subject.module
         if module.training:

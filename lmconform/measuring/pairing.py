@@ -126,7 +126,7 @@ def pair_parameters(subject: nn.Module, reference: nn.Module) -> list[Pair]:
     for name, weight in theirs.items():
         if weight.dim() >= 2:
             continue
-        pair = _follow_owner(name, weight, pairs, reference, ours)
+        pair = _follow_owner(name, weight, pairs, subject, reference, ours)
         if pair is None:
             loose.append(name)
         else:
@@ -134,6 +134,9 @@ def pair_parameters(subject: nn.Module, reference: nn.Module) -> list[Pair]:
             taken.update(link.subject for link in pair.links)
     for name in loose:
         pairs[name] = _pair_vector(name, theirs[name], loose, theirs, ours, taken, dtype)
+    for name, pair in pairs.items():
+        if not pair.links and theirs[name].dim() <= 2:
+            pairs[name] = _pair_pieces(name, theirs[name], ours, dtype) or pair
     return [pairs[name] for name in theirs]
 
 
@@ -203,7 +206,8 @@ def _pair_matrix(
     if (
         largest == weight.numel()
     ):  # it is somewhere as a whole: a part elsewhere is chance, unless it is most of a tensor
-        links = [k for size, k, _ in best.values() if size == largest and 2 * int((k.index >= 0).sum()) >= len(k.index)]
+        whole = [k for size, k, _ in best.values() if size == largest]
+        links = [k for k in whole if 2 * int((k.index >= 0).sum()) >= len(k.index)] or whole
     return Pair(name, [links], share, equal=share == 1.0)
 
 
@@ -226,7 +230,7 @@ def _separate_equals(pairs: dict[str, Pair], theirs: dict[str, Tensor]) -> None:
 
 
 def _follow_owner(
-    name: str, vector: Tensor, pairs: dict[str, Pair], reference: nn.Module, ours: dict[str, Tensor]
+    name: str, vector: Tensor, pairs: dict[str, Pair], subject: nn.Module, reference: nn.Module, ours: dict[str, Tensor]
 ) -> Pair | None:
     """A bias goes where its module's matrix goes; None where it has none, or that was not found whole."""
     import torch
@@ -251,13 +255,49 @@ def _follow_owner(
         if index.shape[0] == size:
             links.append(Link(place, ELEMENT, ELEMENT, index))
     if not links:
-        return None
+        empty = all(_left_empty(subject, link, leaf) for link in weight.links)
+        constant = bool((vector == vector.flatten()[0]).all())  # one that looks like it elsewhere is another's
+        return Pair(name, equal=False) if empty and constant else None
     equal = all(
         bool(torch.equal(ours[k.subject][k.index >= 0].cpu().double(), vector[k.index[k.index >= 0]].cpu().double()))
         for k in links
     )
     covered = set().union(*(set(link.index[link.index >= 0].tolist()) for link in links))
     return Pair(name, [links], len(covered) / vector.shape[0], equal)
+
+
+def _left_empty(subject: nn.Module, link: Link, leaf: str) -> bool:
+    """Whether the module that holds the matrix was made without that vector: bias=False."""
+    own = subject.get_submodule(link.subject.rpartition(".")[0])._parameters
+    return leaf in own and own[leaf] is None
+
+
+def _pair_pieces(name: str, values: Tensor, ours: dict[str, Tensor], dtype: torch.dtype) -> Pair | None:
+    """One bias there, several here, or the other way round, or one a head: found as a run of consecutive numbers.
+
+    None where it is one number throughout, or none of it is found.
+    """
+    import torch
+
+    whole = values.detach().flatten().cpu().to(dtype)
+    links: list[Link] = []
+    covered: set[int] = set()
+    for place, value in ours.items():
+        own = value.detach().flatten().cpu().to(dtype)
+        if not len(whole) / 8 <= len(own) <= 8 * len(whole) or bool((own == own[0]).all()):
+            continue
+        short, long = (own, whole) if len(own) <= len(whole) else (whole, own)
+        starts = (long[: len(long) - len(short) + 1] == short[0]).nonzero().flatten().tolist()
+        start = next((at for at in starts if torch.equal(long[at : at + len(short)], short)), None)
+        if start is None or bool((short == short[0]).all()):
+            continue
+        index = torch.arange(start, start + len(own))
+        if short is whole:
+            index = torch.full((len(own),), -1).index_copy(0, index[: len(whole)], torch.arange(len(whole)))
+        links.append(Link(place, ELEMENT, ELEMENT, index))
+        covered.update(index[index >= 0].tolist())
+    share = len(covered) / len(whole)
+    return Pair(name, [links], share, equal=share == 1.0) if links else None
 
 
 def _pair_vector(

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.specimen import Unavailable
 
@@ -32,6 +33,10 @@ LAST_WORDS = 5.0  # for a process that took another along to be seen as ended
 LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 BASE_MEMORY = 6 << 30  # bytes for Python, torch and transformers, with room
 WRITING = ("--json", "--html", "--write-expected")  # options that only the first process of torchrun may follow
+ONE_SIDED = Hint(
+    "a collective call (all_reduce, barrier, broadcast) that not every rank makes waits for ever",
+    "distributed.replicas_diverge",
+)
 UNBUILT = 7  # exit code of a rank that could not build the subject
 START = """\
 import json, sys
@@ -163,7 +168,7 @@ def _wait(ctx: Context, place: Path, ranks: list[subprocess.Popen[bytes]]) -> No
             ctx.fail(
                 f"two processes did not come to an end within {SECONDS:g} s: rank {' and '.join(slow)} still runs, "
                 f"{_stage(place, int(slow[0]))}",
-                hint="a collective call (all_reduce, barrier, broadcast) that not every rank makes waits for ever",
+                hint=ONE_SIDED,
             )
         time.sleep(0.05)
 
@@ -199,15 +204,18 @@ def _report(ctx: Context, place: Path, rank: int, code: int | None) -> None:
     stuck = any(word in last for word in ("Timed out", "timed out", "Timeout"))
     if refused.exists() and stuck:
         message = f"rank {rank} waited for the other in vain, {_stage(place, rank)}: {last}"
-        hint = "a collective call (all_reduce, barrier, broadcast) that not every rank makes waits for ever"
+        hint = ONE_SIDED
     elif refused.exists():
         message = f"rank {rank} of two raised, {_stage(place, rank)}: {last}"
-        hint = "it runs in one process; look at what is different there: sharded or wrapped modules, weights read "
-        hint += "outside the module that owns them, code that depends on the rank"
+        hint = Hint(
+            "it runs in one process; look at what is different there: sharded or wrapped modules, weights read outside "
+            "the module that owns them, code that depends on the rank",
+            "distributed.replicas_diverge",
+        )
     else:
         how = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         message = f"rank {rank} of two {how}, {_stage(place, rank)}: {last}"
-        hint = ""
+        hint = Hint("")
     ctx.fail(message, hint=hint)
 
 

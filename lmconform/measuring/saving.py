@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure
+from lmconform.context import Hint
 from lmconform.conventions import first_line
 
 if TYPE_CHECKING:
@@ -96,7 +97,11 @@ def through_pretrained(subject: Specimen, ctx: Context, folder: str) -> Specimen
             ctx.fail(
                 f"saved and loaded keys do not match: {wrong[0]} {problem} ({len(wrong)} such)",
                 where=wrong[0],
-                hint="look at _tied_weights_keys, _keys_to_ignore_on_save, conversion mappings, and names that change",
+                hint=Hint(
+                    "look at _tied_weights_keys, _keys_to_ignore_on_save, conversion mappings, and names that change",
+                    "weights.not_saved",
+                    "weights.not_loaded",
+                ),
             )
     return subject._derive(subject.put(module).eval())
 
@@ -123,7 +128,10 @@ def through_state_dict(subject: Specimen, ctx: Context) -> Specimen:
     except pickle.UnpicklingError as error:
         ctx.fail(
             f"the state dict cannot be loaded with weights_only=True: {first_line(error)}",
-            hint="it holds objects other than tensors and plain containers: look at get_extra_state()",
+            hint=Hint(
+                "it holds objects other than tensors and plain containers: look at get_extra_state()",
+                "weights.not_saved",
+            ),
         )
     if subject.builder is not None:
         module = subject.fresh(subject.seed + 1).module
@@ -138,14 +146,20 @@ def through_state_dict(subject: Specimen, ctx: Context) -> Specimen:
     except RuntimeError as error:
         ctx.fail(
             f"its own state dict does not load: {' '.join(str(error).split())[:300]}",
-            hint="a parameter is added or renamed after construction, or state_dict() is overridden",
+            hint=Hint(
+                "a parameter is added or renamed after construction, or state_dict() is overridden",
+                "weights.not_saved",
+                "weights.not_loaded",
+            ),
         )
     for problem, names in (("missing", outcome.missing_keys), ("unexpected", outcome.unexpected_keys)):
         if names:
             ctx.fail(
                 f"{len(names)} keys of its own state dict are {problem}: {', '.join(names[:3])}",
                 where=names[0],
-                hint="state_dict() or load_state_dict() is overridden, strict=False hides it",
+                hint=Hint(
+                    "state_dict() or load_state_dict() is overridden, strict=False hides it", "weights.not_saved"
+                ),
             )
     return subject._derive(module.eval())
 
@@ -173,16 +187,25 @@ def same_state(ctx: Context, actual: dict[str, Tensor], expected: dict[str, Tens
     missing, added = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     for names, verb in ((missing, "lacks"), (added, "has in addition")):
         if names:
-            ctx.fail(f"{what} {verb} {names[0]} ({len(names)} such)", where=names[0])
-    for name, tensor in expected.items():
-        if not same_bits(actual[name], tensor):
-            kind = "the weight" if tensor.requires_grad else "the buffer"
             ctx.fail(
-                f"{kind} {name} of {what} differs from the original's",
-                where=name,
-                hint="it is not saved, not loaded, or initialised again after the load; a buffer with persistent=False "
-                "must be rebuilt to the same values",
+                f"{what} {verb} {names[0]} ({len(names)} such)",
+                where=names[0],
+                hint=Hint(
+                    "a parameter or a buffer is made in forward() or under another name: register it when building",
+                    "weights.not_saved",
+                ),
             )
+    for name, tensor in expected.items():
+        if same_bits(actual[name], tensor):
+            continue
+        if tensor.requires_grad:
+            kind = "the weight"
+            hint: str = Hint("it is not saved, not loaded, or initialised again after the load", "weights.not_saved")
+        else:  # or replaced in use: other checks tell
+            kind = "the buffer"
+            hint = "it is not saved, or initialised again after the load; a buffer with persistent=False must be "
+            hint += "rebuilt to the same values"
+        ctx.fail(f"{kind} {name} of {what} differs from the original's", where=name, hint=hint)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

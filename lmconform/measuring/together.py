@@ -72,7 +72,8 @@ def measure_fsdp(subject: Specimen, found: dict[str, Any], seed: int, stage: Sta
     mesh = init_device_mesh(subject.device.type, (dist.get_world_size(),))
     blocks = structure.blocks(subject.module)
     for block in blocks[1] if blocks is not None else ():
-        fully_shard(block, mesh=mesh)
+        for part in structure.called(block):
+            fully_shard(part, mesh=mesh)
     fully_shard(subject.module, mesh=mesh)
     for name, batch in batches(subject, seed).items():
         stage(f"running forward and backward under FSDP ({name} label counts)")

@@ -7,7 +7,7 @@ whichever implementation calls them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ def stream(subject: Specimen, ids: Tensor) -> Stream | None:
     if found is None:
         return _given_stream(subject, ids)
     name, blocks = found
+    parts = [(index, part) for index, block in enumerate(blocks) for part in structure.called(block)]
     before: dict[int, Tensor] = {}
     after: dict[int, Tensor] = {}
 
@@ -60,8 +61,8 @@ def stream(subject: Specimen, ids: Tensor) -> Stream | None:
         return hook
 
     with (
-        hooked(*((block.register_forward_pre_hook(enters(i), with_kwargs=True)) for i, block in enumerate(blocks))),
-        hooked(*(block.register_forward_hook(leaves(i)) for i, block in enumerate(blocks))),
+        hooked(*(part.register_forward_pre_hook(enters(i), with_kwargs=True) for i, part in parts)),
+        hooked(*(part.register_forward_hook(leaves(i)) for i, part in parts)),
     ):
         logits = subject.logits(ids)
     order = sorted(after)
@@ -199,7 +200,8 @@ def attention_scores(subject: Specimen, ids: Tensor) -> list[Scores]:
             return result
 
     found = structure.blocks(subject.module)
-    blocks = list(found[1]) if found is not None else []
+    blocks: Iterable[nn.Module] = found[1] if found is not None else ()
+    parts = [(index, part) for index, block in enumerate(blocks) for part in structure.called(block)]
 
     def enters(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -211,8 +213,8 @@ def attention_scores(subject: Specimen, ids: Tensor) -> list[Scores]:
         watch.block = -1
 
     with (
-        hooked(*(block.register_forward_pre_hook(enters(i)) for i, block in enumerate(blocks))),
-        hooked(*(block.register_forward_hook(leaves) for block in blocks)),
+        hooked(*(part.register_forward_pre_hook(enters(i)) for i, part in parts)),
+        hooked(*(part.register_forward_hook(leaves) for _, part in parts)),
         Listener(),
     ):
         subject.logits(ids)

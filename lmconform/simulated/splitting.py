@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmconform.simulated.tracking import tensors_in
+from lmconform.structure import called
 
 
 def split_layers(module: nn.Module, devices: tuple[torch.device, ...]) -> nn.Module:
@@ -22,8 +23,9 @@ def split_layers(module: nn.Module, devices: tuple[torch.device, ...]) -> nn.Mod
     if layers is None or len(devices) == 1:
         return module
     for number, layer in enumerate(layers):
-        layer.to(devices[number * len(devices) // len(layers)])
-        layer.__class__ = _elsewhere(type(layer))
+        for part in called(layer):
+            part.to(devices[number * len(devices) // len(layers)])
+            part.__class__ = _elsewhere(type(part))
     return module
 
 

@@ -7,7 +7,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lmconform.options import OptionError
+from lmconform.options import OptionError, require_writable
 from lmconform.results import jsonable, write_whole
 from lmconform.subject import BuildError
 from lmconform.sweep.rates import ASSUMED_STEPS, GivenRate, Outcome, given_rate, outcome, parse_rates
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise OptionError(f"--{name} {getattr(args, name)}: at least {least}")
     text = corpora.read_text(args.text) if args.text else None
-    _writable(args.json, args.png)
+    require_writable(args.json, args.png)
     if args.png:
         require_matplotlib()
     for module in args.imports:
@@ -99,18 +99,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.png:
         draw(args.png, found, f"{specimen.name}: {corpus.name}", [(mine, f"yours {mine:.2g}")] if mine else [])
     return 0 if found.recommended is not None and place in ("", "good") else 1
-
-
-def _writable(*files: str | None) -> None:
-    import os
-    from pathlib import Path
-
-    for file in filter(None, files):
-        folder = Path(file).parent
-        if Path(file).is_dir():
-            raise OptionError(f"{file} is a folder; name a file")
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise OptionError(f"{file}: {folder} is no folder that can be written to")
 
 
 def _progress(console: Console, total: int) -> Any:

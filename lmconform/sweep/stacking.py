@@ -85,10 +85,13 @@ def vectorisable(
     subject's own weights: a ready mask would otherwise hide what the model does without one.
     """
     import torch
+    from torch import nn
     from torch.func import vmap
 
     from lmconform.measuring.dropout import without_dropout
 
+    if list(dict(start.module.named_parameters())) != list(dict(nn.Module.named_parameters(start.module))):
+        return None, "its named_parameters() gives names of its own, under which functional_call reaches no module"
     weights = [
         {name: weight.detach() for name, weight in specimen.module.named_parameters() if weight.requires_grad}
         for specimen in (start, without_dropout(subject))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixtures.subjects.styles import STYLES, Encoder, HandLlama, MaskArgument
+from fixtures.subjects.styles import STYLES, Encoder, FloatMask, HandLlama, MaskArgument, NestedLists, UnstatedTable
+from fixtures.subjects.styles.nested_lists import Attend
 from lmconform import Report, Subject, check_model
+from lmconform.measuring import traces
 from lmconform.registry import get_check
 from lmconform.results import Result
 from lmconform.runner import Runner
@@ -143,10 +146,16 @@ def test_flattened_logits_with_targets_are_read() -> None:
     torch.testing.assert_close(model.forward(ids, labels=ids).logits, model.logits(ids))
 
 
+@pytest.mark.parametrize("rows", [20, 129, 256, 1024])
+def test_a_context_that_nobody_states_is_found(rows: int) -> None:
+    found = Subject(lambda: UnstatedTable(rows=rows)).open()
+    assert found.context_length == (None if rows == 1024 else rows)
+
+
 def test_a_table_that_nobody_states_is_looked_at_to_its_end() -> None:
-    result = verdict(subject_of("unstated_table"), "positions.distinct")
+    result = verdict(Subject(lambda: UnstatedTable(rows=1100)), "positions.distinct")
     assert result.status == "passed"
-    assert "256 tokens are looked at" in result.message
+    assert "1100 tokens are looked at" in result.message
 
 
 def test_heads_are_no_blocks() -> None:
@@ -155,6 +164,130 @@ def test_heads_are_no_blocks() -> None:
     name, blocks = structure.blocks(STYLES["lecture"](0)) or ("", [])
     assert name == "blocks"
     assert len(blocks) == 2
+
+
+# -- lists in a list ---------------------------------------------------------------------------------------------------
+
+
+def statuses(style: str) -> dict[str, str]:
+    return {result.id: result.status for result in reported(style, 0).results}
+
+
+def test_a_mask_that_wants_bool_is_given_bool() -> None:
+    convention = subject_of("nested_lists").open().convention
+    assert (convention.mask, convention.mask_is_bool) == ("mask", True)
+    found = statuses("nested_lists")
+    assert {found[check] for check in ("padding.left", "padding.right", "padding.finite")} == {"passed"}
+
+
+class Planted(Attend):
+    """One class for all, as the layers of a model have; those that are `wrong` call `attend` instead."""
+
+    wrong = False
+
+    def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None, past: Any) -> tuple:
+        return (self.attend if self.wrong else super().forward)(x, angles, mask, past)
+
+
+class SeesEight(Planted):
+    """The last eight tokens alone."""
+
+    def attend(self, x: Tensor, angles: Tensor, mask: Tensor | None, past: Any) -> tuple:
+        ends = range(1, x.shape[1] + 1)
+        cuts = [slice(max(0, end - 8), end) for end in ends]
+        return torch.cat([Attend.forward(self, x[:, c], angles[:, :, c], None, None)[0][:, -1:] for c in cuts], 1), past
+
+
+class SeesItself(Planted):
+    def attend(self, x: Tensor, angles: Tensor, mask: Tensor | None, past: Any) -> tuple:
+        return self.to_out(self.to_v(x)), past
+
+
+class Unturned(Planted):
+    """Rotary angles arrive and are not applied."""
+
+    def attend(self, x: Tensor, angles: Tensor, mask: Tensor | None, past: Any) -> tuple:
+        return Attend.forward(self, x, torch.zeros_like(angles), mask, past)
+
+
+@pytest.mark.parametrize(
+    ("kind", "which", "check", "says"),
+    [
+        (SeesEight, {1}, "positions.reach", "block 2, position 8 and token 0"),
+        (SeesItself, {1}, "positions.reach", "block 2, position 1 and token 0"),
+        (SeesItself, {0, 1}, "positions.reach", "block 0, position 1 and token 0"),
+        (Unturned, {0, 1}, "positions.order_matters", "the first block alone does not see the order"),
+        (Unturned, {0, 1}, "positions.distinct", "treated alike"),
+    ],
+)
+def test_blocks_that_are_lists_are_looked_into(kind: type[Planted], which: set[int], check: str, says: str) -> None:
+    def build() -> nn.Module:
+        model = NestedLists()
+        attends = [part for part in model.modules() if isinstance(part, Attend)]
+        for index, attend in enumerate(attends):
+            attend.__class__ = kind
+            attend.wrong = index in which
+        return model
+
+    result = verdict(Subject(build, name="nested"), check)
+    assert result.status == "failed", result.message
+    assert says in f"{result.message} {result.where}"
+
+
+def test_feed_forward_halves_are_not_asked_to_mix() -> None:
+    result = verdict(subject_of("nested_lists"), "positions.reach")
+    assert result.status == "passed"
+    assert "blocks 1, 3 mix no tokens" in result.message
+
+
+def test_stream_is_read_at_lists() -> None:
+    subject = subject_of("nested_lists").open()
+    stream = traces.stream(subject, subject.probe_ids(2, 7))
+    assert stream is not None
+    assert stream.names == ["the input of attn_layers.layers.0", *(f"attn_layers.layers.{index}" for index in range(4))]
+    normed = subject.module.attn_layers.final_norm(stream.states[-1])
+    torch.testing.assert_close(subject.module.to_logits(normed), stream.logits)
+
+
+# -- what belongs to one library ---------------------------------------------------------------------------------------
+
+
+def test_positions_that_need_a_cache_are_not_given() -> None:
+    subject = subject_of("layer_caches").open()
+    assert subject.convention.positions is None
+    assert "input_pos= takes no positions 0, 1, ... [1, time]: TypeError" in subject.can("pos").reason
+    assert statuses("layer_caches")["config.knobs"] == "passed"  # a factor of experts, where there are none
+
+
+def test_key_biases_by_head_are_invariant() -> None:
+    result = verdict(subject_of("head_weights"), "gradients.reach")
+    assert result.status == "passed"
+    assert "invariant: blocks.0.attn.b_K" in result.message
+
+
+class TwoNames(FloatMask):
+    """Its layers can be reached by another path, as in a wrapper that keeps what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrapped = self.layers
+
+
+class OneLayerTwice(FloatMask):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.layers[0]] * 2)
+
+
+def test_two_names_for_one_layer_are_no_repeated_layer() -> None:
+    assert verdict(Subject(TwoNames), "gradients.registered").status == "passed"
+    assert verdict(Subject(OneLayerTwice), "gradients.registered").status == "failed"
+
+
+def test_an_own_generate_is_told_not_to_wait_for_eos(capsys: pytest.CaptureFixture[str]) -> None:
+    result = verdict(subject_of("head_weights"), "generation.greedy")
+    assert result.status == "passed", result.message
+    assert "token 0" not in capsys.readouterr().out  # verbose=False
 
 
 def test_cache_of_tuples_is_used() -> None:
