@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lmconform.api import check_model
     from lmconform.cases import Choice, Span
     from lmconform.context import Context, Hint, Violation
-    from lmconform.pytest_plugin import parametrize_with_checks
+    from lmconform.pytest_run import parametrize_with_checks
     from lmconform.recipe import Recipe
     from lmconform.registry import register_check
     from lmconform.results import Cause, Report, Result, Status
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "check_model": "api",
-    "parametrize_with_checks": "pytest_plugin",
+    "parametrize_with_checks": "pytest_run",
     "register_check": "registry",
     "Subject": "subject",
     "Recipe": "recipe",

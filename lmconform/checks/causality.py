@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")
 SLACK = 3  # padding columns in the padded variants
-AXES = ("tokens changed after position", "seen at position", "token")
+AXES = ("tokens changed after position", "seen at position")
+AT_ONCE = 1 << 25  # logits of one call: every row of a small vocabulary, 128 MiB of float32 of a large one
+COMPARED_AT_ONCE = 1 << 19
 
 _hints: weakref.WeakKeyDictionary[Specimen, dict[tuple[str, int], str]] = weakref.WeakKeyDictionary()
 _scaled: weakref.WeakKeyDictionary[Specimen, dict[int, Specimen]] = weakref.WeakKeyDictionary()
@@ -65,18 +67,18 @@ def watched(time: int, mask: Tensor | None, device: Any) -> Tensor:
 
 def leak_hint(subject: Specimen, specimen: Specimen, ctx: Context, kind: str) -> str:
     """The likeliest kind of leak, seen over a whole length: a case of two tokens cannot tell one from another."""
-    import torch
-
     time = subject.longest(70)
     ids = ctx.ids(1, time)
     rows = futures(ids, ctx.other_ids(ids))
     mask = mask_of(kind, time, time, ids)
-    compared = watched(time, mask, ids.device)[..., None]
+    compared = watched(time, mask, ids.device)
 
     def moved(measured: Specimen, mask: Tensor | None = mask) -> Tensor:
-        logits = measured.logits(rows, mask=mask)
-        change = torch.where(compared, logits - logits[-1:], 0.0).abs()
-        return (change > tolerance.allowed(measured.noise, logits[-1])).any(dim=-1)
+        def call(chosen: list[int]) -> Tensor:
+            return measured.logits(rows[chosen], mask=None if mask is None else mask[chosen])
+
+        change, last = changes(call, compared, measured.vocab_size)
+        return change > tolerance.allowed(measured.noise, last)
 
     if specimen is not subject and not bool(moved(subject).any()):
         return Hint(
@@ -172,6 +174,7 @@ def check_no_future_leak(subject: Specimen, ctx: Context) -> None:
         if specimen is None:
             continue
         compare_futures(specimen, ctx, case, subject)
+    _scaled.pop(subject, None)  # green, so nothing is shrunk: a copy and its float64 twin are three times the weights
 
 
 def heavier(subject: Specimen, factor: int, ctx: Context) -> Specimen | None:
@@ -212,7 +215,7 @@ def compare_futures(specimen: Specimen, ctx: Context, case: Case, subject: Speci
 
 def compare_rows(
     ctx: Context,
-    call: Callable[[slice], Tensor],
+    call: Callable[[list[int]], Tensor],
     compared: Tensor,
     message: str,
     *,
@@ -227,37 +230,72 @@ def compare_rows(
     """
     import torch
 
-    rows = len(compared)
-    logits = call(slice(rows))
-    if logits.shape[:2] != compared.shape:
-        ctx.fail(
-            f"logits are {list(logits.shape)} for {rows} rows of {compared.shape[1]} new tokens",
-            where=where,
-            hint="every call answers for the tokens it was given, one row of logits each: none for the cached ones, "
-            "none for tokens the model adds itself",
-        )
-    bound = tolerance.allowed(noise, logits[-1])
+    rows, time = compared.shape
 
-    def moved(logits: Tensor) -> bool:
-        return bool(((logits - logits[-1:]).abs() > bound)[compared].any())
+    def checked(chosen: list[int]) -> Tensor:
+        logits = call(chosen)
+        if logits.shape[:2] != (len(chosen), time):
+            ctx.fail(
+                f"logits are {list(logits.shape)} for {len(chosen)} rows of {time} new tokens",
+                where=where,
+                hint="every call answers for the tokens it was given, one row of logits each: none for the cached "
+                "ones, none for tokens the model adds itself",
+            )
+        return logits
 
-    leaks = moved(logits)
+    change, last = changes(checked, compared, ctx.subject.vocab_size)
+    bound = tolerance.allowed(noise, last)
+    leaks = bool((change > bound).any())
     if leaks:
-        single = torch.cat([call(slice(row, row + 1)) for row in range(rows)])
-        leaks = moved(single)
+        last = checked([rows - 1])
+        single = torch.cat([largest(checked([row]), last, compared[row : row + 1]) for row in range(rows)])
+        leaks = bool((single > bound).any())
         if not leaks:
             ctx.note("rows of one batch differ here and each row alone does not: see batching.row_independence")
-            logits = single
-    expected = logits[-1:].expand_as(logits)
+            change = single
     ctx.equal(
-        torch.where(compared[..., None], logits, expected),
-        expected,
+        change,
+        torch.zeros_like(change),
         message,
         where=where,
         hint=hint() if leaks else "",
         allowed=bound,
         axes=axes,
     )
+
+
+def changes(call: Callable[[list[int]], Tensor], compared: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """How far each row's logits lie from the last row's: [row, position], 0 where not `compared`; and the last row's.
+
+    All in one batch where their logits are no more than AT_ONCE numbers; else in several, the last row in each.
+    """
+    import torch
+
+    rows, time = compared.shape
+    count = max(1, AT_ONCE // (time * vocabulary))
+    found = []
+    for start in range(0, rows, count):
+        chosen = list(range(start, min(start + count, rows)))
+        logits = call(chosen if chosen[-1] == rows - 1 else [*chosen, rows - 1])
+        found.append(largest(logits[: len(chosen)], logits[-1:], compared[chosen]))
+    return torch.cat(found), logits[-1]
+
+
+def largest(logits: Tensor, expected: Tensor, compared: Tensor) -> Tensor:
+    """[row, position]: the largest difference over the tokens in float64, 0 where not `compared`.
+
+    A few rows at a time: no other tensor of the logits' size is made. Equal infinities do not differ.
+    """
+    import torch
+
+    expected = expected.expand_as(logits)
+    count = max(1, COMPARED_AT_ONCE // max(1, logits[0].numel()))
+    found = []
+    for start in range(0, len(logits), count):
+        mine, other = (side[start : start + count].double() for side in (logits, expected))
+        difference = torch.where(mine == other, 0.0, mine - other).abs().amax(dim=-1)
+        found.append(torch.where(compared[start : start + count], difference, 0.0))
+    return torch.cat(found)
 
 
 def known_leak(subject: Specimen) -> str:
@@ -306,7 +344,7 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
         compared = watched(time, mask, ids.device)
         bound = tolerance.allowed(subject.noise, expected[0])
         hint = ""
-        if bool(((logits - expected).abs() > bound)[compared].any()):
+        if bool((largest(logits, expected, compared) > bound).any()):
             if not torch.equal(train(same).nan_to_num(), expected.nan_to_num()):
                 ctx.not_applicable(
                     "train mode is random beyond every dropout and jitter setting: two runs under one seed differ"
@@ -325,9 +363,10 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
                     )
                 )
             )
+        change = largest(logits, expected, compared)
         ctx.equal(
-            torch.where(compared[..., None], logits, expected),
-            expected,
+            change,
+            torch.zeros_like(change),
             "in train mode, logits up to t change when only tokens after t change",
             where=f"mask {case.mask}",
             hint=hint,
@@ -386,7 +425,7 @@ def check_cached_chunk(subject: Specimen, ctx: Context) -> None:
         before = ids[:, :prefix].expand(chunk, prefix)
 
         def call(
-            chosen: slice,
+            chosen: list[int],
             before: Tensor = before,
             rows: Tensor = rows,
             mask: Tensor | None = mask,
@@ -418,5 +457,5 @@ def check_cached_chunk(subject: Specimen, ctx: Context) -> None:
                 )
             ),
             noise=subject.noise,
-            axes=("chunk tokens changed after position", "seen at chunk position", "token"),
+            axes=("chunk tokens changed after position", "seen at chunk position"),
         )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure
@@ -14,6 +13,7 @@ from lmconform.conventions import first_line
 from lmconform.measuring.exercises import padded
 from lmconform.measuring.rounding import SAMPLES, Choices, Trace, in_type, kept_in_float32, rounded, traced
 from lmconform.measuring.traces import hooked
+from lmconform.measuring.uncompiled import uncompiled
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ TIME = 40
 # Over all of transformers' types the 90th percentile of the drift is 0.4 to 1.8 times that of the noise (but for BLT),
 # and the worst token 0.1 to 1.6 times the worst noise.
 TYPICAL, WORST = 2.5, 4.0
+LARGER = 3.0  # times the excited matrices: scores nine times as large, as in trained models whose attention is sharp
+ROOM = 8.0  # what a module computes inside may be larger than what it gives, by so much
 NORM_PEAK = 600.0  # an activation that float16 holds and whose square it does not
 OVERFLOWS = ("without overflow", "cannot be converted to type")
 
@@ -47,8 +49,8 @@ OVERFLOW = Hint(
 LOSES = Hint(
     "something is computed in the half type that does not bear it: positions, angles, norms, a softmax or long sums; "
     "compute it in float32 and cast back",
+    "dtype.overflow",  # of positions positions.precision tells, and measures nothing else
     "position.low_precision",
-    "dtype.overflow",
 )
 
 
@@ -78,6 +80,7 @@ def check_float16(subject: Specimen, ctx: Context) -> None:
 
     check_type(subject, ctx, torch.float16)
     check_norms(subject, ctx, torch.float16)
+    check_large_scores(subject, ctx, torch.float16)
 
 
 def check_type(subject: Specimen, ctx: Context, dtype: torch.dtype) -> None:
@@ -211,14 +214,14 @@ def _blame(half: Specimen, ctx: Context, dtype: torch.dtype, trace: Trace, messa
     ctx.fail(message, where=place, hint=HARD_CODED)
 
 
-def _finite(ctx: Context, dtype: torch.dtype, logits: Tensor, trace: Trace, what: str) -> None:
+def _finite(ctx: Context, dtype: torch.dtype, logits: Tensor, trace: Trace, what: str, how: str = "") -> None:
     if bool(logits.isfinite().all()):
         return
     kind = "NaN" if bool(logits.isnan().any()) else "infinite"
     step = trace.first_infinite()
     place = f"{step.name} ({step.kind}) is the first to give such numbers" if step is not None else ""
     ctx.fail(
-        f"logits{what} are {kind} in {_name(dtype)}, and finite in float64",
+        f"logits{what} are {kind} in {_name(dtype)}{how}, and finite in float64",
         where=place,
         hint=Hint(f"{MASK_CONSTANT}; rows that see nothing become NaN", "mask.half_overflow", "mask.padding_nan")
         if what
@@ -275,6 +278,36 @@ def _autocast(
     if not bool(logits.isfinite().all()):
         _finite(ctx, dtype, logits, trace, " under autocast")
     _drifts(ctx, dtype, logits, expected, noise, "logits", " autocast")
+
+
+# -- scores that overflow ----------------------------------------------------------------------------------------------
+
+
+def check_large_scores(subject: Specimen, ctx: Context, dtype: torch.dtype) -> None:
+    """Finite with matrices LARGER times as large, where what modules give fits the type: exp() of a score may not."""
+    import torch
+
+    ids = ctx.ids(2, subject.longest(TIME))
+    half = in_type(subject.scaled(LARGER), dtype)
+    exact = in_type(half, torch.float64)
+    peaks: list[float] = []
+
+    def note(part: nn.Module, args: Any, output: Any) -> None:
+        made = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(made, torch.Tensor) and made.is_floating_point():
+            peaks.append(float(made.abs().max()))
+
+    try:
+        with hooked(*(part.register_forward_hook(note) for part in exact.module.modules())):
+            exact.logits(ids)
+        if not peaks or not max(peaks) < torch.finfo(dtype).max / ROOM:
+            return
+        with traced(half.module) as trace:
+            logits = half.logits(ids)
+    except Exception as error:
+        ctx.note(f"was not tried with larger matrices: {type(error).__name__}: {first_line(error)}")
+        return
+    _finite(ctx, dtype, logits, trace, "", f", matrices {LARGER:g} times as large")
 
 
 # -- norms that overflow -----------------------------------------------------------------------------------------------
@@ -365,7 +398,7 @@ def _detached(value: Any) -> Any:
 def check_backends(subject: Specimen, ctx: Context) -> None:
     """set_attn_implementation() on copies: plain, left-padded, on a cache; then with matrices 3 times as large.
 
-    Flex attention runs uncompiled (torch.compiler.set_stance), where it runs at all.
+    Flex attention runs uncompiled, where it runs at all.
     """
     change = getattr(subject.module, "set_attn_implementation", None)
     if not callable(change):
@@ -379,7 +412,7 @@ def check_backends(subject: Specimen, ctx: Context) -> None:
         for name, model in named.items():
             if name == "eager":
                 continue
-            with _uncompiled():
+            with uncompiled():
                 for task, run in _tasks(subject).items():
                     try:
                         logits = run(model, ids)
@@ -429,14 +462,6 @@ def _with(subject: Specimen, ctx: Context, name: str) -> Specimen | None:
         return None
     used = getattr(copied.config, "_attn_implementation", name)
     return copied if used == name else None
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    import torch
-
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _line(error: Exception) -> str:

@@ -6,8 +6,6 @@ else the machine does stays out of it.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fixtures.subjects.adaptive import gpt2
+from lmconform.bench import compare
+from lmconform.bench.clocks import PROCESSOR
+from lmconform.bench.pairing import ROUNDS
 from models.adaptive import AdaptiveForCausalLM
 
 pytestmark = pytest.mark.adaptive
@@ -59,18 +60,9 @@ def generation(model: Any, batch: int = 2, prompt: int = 8, new: int = 8) -> Cal
     return run
 
 
-def paired(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = 9) -> float:
-    """Median over the rounds of processor time of `theirs` / time of `ours`: above 1 means that ours is faster."""
-    ours(), theirs()
-    ratios = []
-    for index in range(rounds):
-        seconds = {}
-        for run in (ours, theirs) if index % 2 else (theirs, ours):
-            started = time.process_time()
-            run()
-            seconds[run] = time.process_time() - started
-        ratios.append(seconds[theirs] / seconds[ours])
-    return statistics.median(ratios)
+def speed_up(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Processor time of `theirs` / time of `ours`, in turns: above 1 means that ours is faster."""
+    return compare(theirs, ours, rounds=rounds, clock=PROCESSOR).ratio
 
 
 @pytest.fixture(params=["gpt2", "gated", "half_pruned"])
@@ -102,7 +94,7 @@ def test_pruning_half_the_heads_pays(benchmark: Any, what: str) -> None:
         gated.gates.data[layer, heads] = 0
     pruned.prune_heads(HALF)
     make = forward if what == "forward" else generation
-    ratio = benchmark.pedantic(paired, args=(make(pruned), make(gated)), kwargs={"rounds": 5}, rounds=1)
+    ratio = benchmark.pedantic(speed_up, args=(make(pruned), make(gated)), kwargs={"rounds": 6}, rounds=1)
     benchmark.extra_info["speed_up"] = ratio
     assert ratio > 1.1
 
@@ -120,7 +112,7 @@ def test_ratios_to_gpt2(benchmark: Any, build: Callable[[], GPT2LMHeadModel], wh
     make = forward if what == "forward" else generation
 
     def measure() -> dict[str, float]:
-        return {"gated": paired(make(gated), make(base)), "half_pruned": paired(make(pruned), make(gated))}
+        return {"gated": speed_up(make(gated), make(base)), "half_pruned": speed_up(make(pruned), make(gated))}
 
     ratios = benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info.update(ratios)
