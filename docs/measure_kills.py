@@ -138,10 +138,14 @@ def planted(id: str) -> Fault:
     return next(fault for fault in all_faults() if fault.id == id)
 
 
-def measure(ids: list[str], file: Path, seed: int, profile: str, jobs: int) -> None:
-    """Append a line for each of these faults that the file does not hold yet; sound hosts come first."""
+def measure(ids: list[str], file: Path, seed: int, profile: str, jobs: int, minutes: float = float("inf")) -> bool:
+    """Append a line for each of these faults that the file does not hold yet; sound hosts come first.
+
+    False where the minutes were over before all were measured: the next call goes on there.
+    """
     from fixtures.subjects import SOUND as SOUND_HOSTS
 
+    ends = time.monotonic() + 60 * minutes
     rows = read(file)
     known: dict[str, dict[str, Any]] = {}
     for host in SOUND_HOSTS:
@@ -156,6 +160,9 @@ def measure(ids: list[str], file: Path, seed: int, profile: str, jobs: int) -> N
             red = [result["id"] for result in row.get("results", ()) if result["status"] in RED]
             print(f"{number}/{len(left)} {row['fault']} {row.get('seconds', 0):.1f} s: "
                   f"{row.get('error') or ', '.join(red)}", flush=True)  # fmt: skip
+            if time.monotonic() > ends:
+                return number == len(left)
+    return True
 
 
 def attempted(id: str, seed: int, profile: str, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -187,10 +194,12 @@ def examined(row: dict[str, Any]) -> dict[str, Any]:
 
     from lmconform.diagnosis import diagnose
     from lmconform.diagnosis.differential import examine
+    from lmconform.global_state import global_state_kept
 
     results = results_of(row)
     runner = opened(planted(row["fault"]), row["seed"], row["profile"])
-    runner.subject.noise  # noqa: B018  the checks have measured it before the diagnosis starts
+    with global_state_kept():  # some faults change the default type, and the next fault runs in this process
+        runner.subject.noise  # noqa: B018  the checks have measured it before the diagnosis starts
     started = time.perf_counter()
     evidence = examine(results, runner)
     probed = time.perf_counter() - started
@@ -210,6 +219,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="faults whose id holds this text")
     parser.add_argument("--json", type=Path, help="measure, and append the rows to this file")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so long; go on another time")
     parser.add_argument("--probe", action="store_true", help="run the probes again on what --json holds")
     parser.add_argument("--rank-from", type=Path, metavar="FILE", help="write the page from the rows in this file")
     parser.add_argument("--output", type=Path, default=HERE / "kills.md")
@@ -224,7 +234,7 @@ def main() -> None:
                 if options.only in id and not id.startswith(SOUND):
                     append(options.json, examined(row))
         else:
-            measure(ids, options.json, options.seed, options.profile, options.jobs)
+            measure(ids, options.json, options.seed, options.profile, options.jobs, options.minutes)
     if options.rank_from:
         from kill_page import page
 

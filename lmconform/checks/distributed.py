@@ -68,7 +68,8 @@ def check_fsdp(subject: Specimen, ctx: Context) -> None:
     if found["missing"]:
         ctx.fail(
             f"{found['missing'][0]} is missing from the weights that were gathered from all ranks",
-            where=found["missing"][0], hint="state_dict() is overridden, or a tensor is added after sharding",
+            where=found["missing"][0],
+            hint=Hint("state_dict() is overridden, or a tensor is added after sharding", "weights.not_saved"),
         )  # fmt: skip
     resumed = found["resumed"]
     ctx.equal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure
@@ -23,6 +24,19 @@ DOUBT = 3.0  # standard errors of the mean over the tokens that were drawn
 UNIT = 1.0  # the size that a normed vector has
 FAINT = 1e-4  # its square vanishes beside every norm's epsilon (1e-8 and more): such a stream is noise
 SCORE_TIME = 37  # a length that is no other size
+EVEN = 2.0  # times by which a block that is not at fault makes the stream larger at most
+ASIDE = 0.1  # of what the block at fault adds: what any other may add
+
+ONE_BLOCK = Hint(
+    "one block's output is out of scale: its initialisation, a scale factor applied twice, or a missing norm",
+    "scale.hidden",
+    "init.residual_scaling",
+)
+EVERY_BLOCK = Hint(
+    "the projections that write to the residual start too large (GPT-2 divides them by sqrt(2 * layers)), a norm is "
+    "missing, or the residual is added twice",
+    "init.residual_scaling",
+)
 
 
 @register_check(
@@ -151,6 +165,10 @@ def check_stream(ctx: Context, trace: traces.Stream) -> None:
     sizes = [float(state.double().square().mean().sqrt()) for state in trace.states]
     ctx.note("hidden-state RMS at initialisation: " + " ".join(f"{size:.3g}" for size in sizes))
     base = max(sizes[0], UNIT)
+    factors = sorted(after / max(before, 1e-30) for before, after in pairwise(sizes))
+    added = sorted(after - before for before, after in pairwise(sizes))
+    alone = len(added) > 1 and factors[-2] < EVEN and added[-2] < ASIDE * added[-1]
+    hint = ONE_BLOCK if alone else EVERY_BLOCK
     for index, (name, size) in enumerate(zip(trace.names, sizes, strict=True)):
         if not size >= FAINT:
             ctx.fail(
@@ -167,9 +185,7 @@ def check_stream(ctx: Context, trace: traces.Stream) -> None:
             ctx.within(
                 size, base * (1 + 2 * index),
                 "hidden states grow faster than linearly over depth at initialisation",
-                where=f"{name}, RMS {size:.3g}",
-                hint=Hint("the projections that write to the residual start too large (GPT-2 divides them by sqrt(2 * "
-                "layers)), a norm is missing, or the residual is added twice", "init.residual_scaling"),
+                where=f"{name}, RMS {size:.3g}", hint=hint,
             )  # fmt: skip
 
 
@@ -185,6 +201,16 @@ def check_blocks_differ(ctx: Context, first: Specimen, others: dict[str, Tensor]
             full = f"{prefix}.{index}.{name}"
             if parameter.dim() < 2 or constant(parameter) or same_bits(parameter, others.get(full, parameter)):
                 continue
+            if parameter.dim() > 2 and len(parameter) > 1 and bool((parameter[1:] == parameter[:1]).all()):
+                ctx.fail(
+                    f"{len(parameter)} matrices of one parameter start as the same random matrix",
+                    where=full,
+                    hint=Hint(
+                        "experts or heads that are drawn once and repeated: they get the same gradient and stay the "
+                        "same; draw each by itself",
+                        "init.shared_layers",
+                    ),
+                )
             key = (tuple(parameter.shape), float(parameter.detach().flatten()[0]), float(parameter.detach().sum()))
             place, earlier = seen.setdefault(key, (full, parameter))
             if earlier is not parameter and same_bits(earlier, parameter):

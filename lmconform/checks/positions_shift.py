@@ -57,10 +57,11 @@ def check_shift(subject: Specimen, ctx: Context) -> None:
             f"logits change when every position moves by {by}, though nothing but attention sees the positions",
             hint=Hint(
                 "attention depends on absolute positions: queries or keys alone are rotated, or by different angles, "
-                "or positions are clamped or wrapped inside the context",
+                "two rotations are in force at once, or positions are clamped or wrapped inside the context",
                 "position.one_side_rotated",
                 "position.not_relative",
                 "position.collision",
+                "position.base_kept",
             ),
         )
 
@@ -160,6 +161,9 @@ def check_precision(subject: Specimen, ctx: Context) -> None:
             continue
         right_near, right_far = ask(exact, ids, positions=near), ask(exact, ids, positions=far)
         if measured_near is None or measured_far is None or right_near is None or right_far is None:
+            continue
+        if not bool(measured_near.isfinite().all()):
+            ctx.note(f"gives no finite numbers in {case.dtype}, near position 0 either")
             continue
         ran = True
         cost = max(_drift(measured_near, right_near), tolerance.epsilon(half.dtype) * float(right_near.std()) / 8)

@@ -61,7 +61,7 @@ def check_resume(subject: Specimen, ctx: Context) -> None:
         again = Training(subject, ctx, recipe, batches, subject.as_loaded().copy())
         again.seed(ctx.seed)
         again.run(0, STEPS)
-        _compare(ctx, whole, resumed, again, what, hint)
+        _compare(ctx, whole, resumed, again, what, Hint(hint, "training.resume_differs"))
     ctx.within(0.0, tolerance.epsilon(subject.dtype), "the loss after resuming")
     if ctx.profile == "thorough":
         _through_trainer(subject, ctx, recipe, batches)
@@ -148,7 +148,7 @@ class Training:
             self.ctx.fail(
                 f"the state of model, optimizer and scheduler cannot be saved: {type(error).__name__}: "
                 f"{first_line(error)}",
-                hint="a lambda or an open handle is in a state_dict()",
+                hint=Hint("a lambda or an open handle is in a state_dict()", "training.resume_differs"),
             )
         return memory.getvalue()
 
@@ -247,7 +247,7 @@ def _same(whole: Training, resumed: Training) -> bool:
     )
 
 
-def _compare(ctx: Context, whole: Training, resumed: Training, again: Training, what: str, hint: str) -> None:
+def _compare(ctx: Context, whole: Training, resumed: Training, again: Training, what: str, hint: Hint) -> None:
     """Losses step for step, then weights, within what two uninterrupted runs differ by."""
     unit = tolerance.epsilon(whole.specimen.dtype)
     for step in range(CUT, STEPS):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from lmconform.diagnosis.catalogue import CauseEntry
 from lmconform.diagnosis.probes import Finding, Verdict
-from lmconform.results import Result, Status, of_the_process
+from lmconform.results import Result, Status, of_the_instrument, of_the_process
 
 RED = (Status.failed, Status.warned, Status.error)
 GREEN = (Status.passed,)
@@ -74,8 +74,8 @@ class Evidence:
 
     @classmethod
     def of(cls, results: Sequence[Result], findings: Sequence[Finding] = ()) -> Evidence:
-        """The evidence in a list of results; blocked and inapplicable checks say nothing."""
-        red = {r.id: r for r in results if r.status in RED and not of_the_process(r)}
+        """The evidence in a list of results. Blocked and inapplicable checks say nothing, nor do lmconform's errors."""
+        red = {r.id: r for r in results if r.status in RED and not of_the_process(r) and not of_the_instrument(r)}
         return cls(
             red=red,
             green={r.id for r in results if r.status in GREEN},

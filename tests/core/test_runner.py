@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from fixtures.subjects import plain
 from lmconform import Context, Span, Status, Subject, registry
 from lmconform.registry import Check, get_check
+from lmconform.results import of_the_instrument
 from lmconform.runner import Runner, run_all
 from lmconform.specimen import Specimen
 
@@ -209,6 +211,52 @@ def test_error_of_a_check_of_our_own_is_not_put_on_the_model() -> None:
     said = _raised(raised.value)
     assert said.startswith("lmconform could not measure it on what the model gave: IndexError: no such row")
     assert "loss.py:2" in said
+
+
+@pytest.mark.parametrize("measured", ["operation", "standard_library"])
+def test_what_a_check_asks_of_torch_or_python_is_its_own_error(
+    specimen: Specimen, register: Register, measured: str
+) -> None:
+    from lmconform.runner import MEASURING
+
+    source = {
+        "operation": "import torch.nn.functional as F\ndef measure(x):\n    return F.cross_entropy(x, x[:1])",
+        "standard_library": "import json\ndef measure(x):\n    return json.loads('no json')",
+    }[measured]
+    scope: dict[str, Any] = {}
+    exec(compile(source, f"{MEASURING[0]}loss.py", "exec"), scope)
+    result = Runner(specimen).run(register(lambda subject, ctx: scope["measure"](torch.zeros(3, 4))))
+    assert result.status == "error"
+    assert of_the_instrument(result), result.message
+
+
+@pytest.mark.parametrize("raises", ["forward", "backward"])
+def test_what_the_model_raises_is_not_lmconforms_error(specimen: Specimen, register: Register, raises: str) -> None:
+    from lmconform.runner import MEASURING
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            if raises == "forward":
+                raise IndexError("no such row")
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            raise IndexError("no such row")
+
+    class Part(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Broken.apply(x)
+
+    scope: dict[str, Any] = {}
+    exec(compile("def measure(part, x):\n    part(x).sum().backward()", f"{MEASURING[0]}loss.py", "exec"), scope)
+    with torch.enable_grad():
+        result = Runner(specimen).run(
+            register(lambda subject, ctx: scope["measure"](Part(), torch.zeros(3, requires_grad=True)))
+        )
+    assert result.status == "error"
+    assert not of_the_instrument(result), result.message
 
 
 def test_time_limit_of_somebody_else_goes_on(specimen: Specimen, register: Register) -> None:

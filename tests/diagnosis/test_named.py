@@ -12,7 +12,7 @@ from fixtures.faults import Fault, all_faults
 from lmconform import Subject
 from lmconform.cli import build_parser
 from lmconform.diagnosis import diagnose, probes
-from lmconform.registry import select_checks
+from lmconform.registry import get_check, select_checks
 from lmconform.results import Cause, Result
 from lmconform.runner import Runner
 from lmconform.subject import as_subject
@@ -89,13 +89,39 @@ def test_says_what_undoing_the_suspected_fault_did(diagnosed: Diagnosed, id: str
     assert text in causes[0].where
 
 
-@pytest.mark.parametrize("id", ["parity.neighbours_turned", "parity.groups_tiled", "parity.exact_gelu"])
+@pytest.mark.parametrize(
+    "id",
+    [
+        "parity.neighbours_turned", "parity.groups_tiled", "parity.exact_gelu", "positions.exponent_halved",
+        "scale.by_width",
+    ],
+)  # fmt: skip
 def test_a_repaired_copy_that_equals_the_reference_names_the_cause(id: str) -> None:
     runner = Runner(FAULTS[id].open(), profile="smoke", shrink=False)
     results = [runner.run(check) for check in select_checks("default", ["parity"])]
     cause = diagnose(results, runner)[0]
     assert cause.id == FAULTS[id].cause
     assert "the logits agree to" in cause.where
+
+
+@pytest.mark.parametrize(
+    ("id", "check", "text"),
+    [
+        ("positions.queries_not_turned", "positions.shift", "moving it by 1 changes the logits"),
+        ("positions.other_base_for_keys", "positions.shift", "moving it by 1 changes the logits"),
+        ("positions.slope_doubled", "parity.hidden", "depends on the places of query and key and not on the text"),
+        ("positions.angles_kept_by_shape", "cache.decode", "in a model that has answered nothing before"),
+        ("cache.key_before_overwritten", "cache.decode", "off what one forward leaves there"),
+        ("cache.state_begins_anew", "cache.decode", "it is not read"),
+        ("precision.eager_unscaled", "precision.backends", "are sqrt(16) times the other's"),
+        ("loss.in_half", "loss.reference", "of logits in bfloat16 it is the cross-entropy"),
+    ],
+)
+def test_a_probe_measures_what_tells_the_cause_from_its_like(id: str, check: str, text: str) -> None:
+    runner = Runner(FAULTS[id].open(), profile="smoke", shrink=False)
+    cause = diagnose([runner.run(get_check(check))], runner)[0]
+    assert cause.id == FAULTS[id].cause
+    assert text in cause.where
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from lmconform.diagnosis import diagnose
 from lmconform.diagnosis.catalogue import CauseEntry, catalogue
 from lmconform.diagnosis.probes import Finding, Verdict
 from lmconform.diagnosis.ranking import Evidence, rank
-from lmconform.results import Result, Status
+from lmconform.results import UNMEASURED, Result, Status
 
 
 def cause(id: str, shows: dict[str, str], spares: tuple[str, ...] = ()) -> CauseEntry:
@@ -53,6 +53,27 @@ def test_what_did_not_run_or_was_expected_says_nothing(status: Status) -> None:
     with_silent = rank(ALL, Evidence.of([red("one.x"), silent]))
     without = rank(ALL, Evidence.of([red("one.x")]))
     assert [(entry.id, score) for entry, score in with_silent] == [(entry.id, score) for entry, score in without]
+
+
+@pytest.mark.parametrize(
+    ("message", "speaks"),
+    [
+        (f"{UNMEASURED}IndexError: no such row (at lmconform's loss.py:2)", False),
+        ("the process ended with exit code 1", False),
+        ("the model raised IndexError: no such row (at model.py:12, in forward)", True),
+    ],
+    ids=["of_lmconform", "of_the_process", "of_the_model"],
+)
+def test_an_error_is_evidence_only_where_the_model_raised_it(message: str, speaks: bool) -> None:
+    error = Result("two.y", "two", "fault", Status.error, message=message, suspects=("b.other",))
+    with_error = rank(ALL, Evidence.of([red("one.x"), error]))
+    without = rank(ALL, Evidence.of([red("one.x")]))
+    same = [(entry.id, score) for entry, score in with_error] == [(entry.id, score) for entry, score in without]
+    assert same is not speaks
+
+
+def test_a_report_whose_only_error_is_lmconforms_own_has_no_cause() -> None:
+    assert diagnose([Result("two.y", "two", "fault", Status.error, message=f"{UNMEASURED}KeyError: 'x'")]) == []
 
 
 def test_a_suspect_named_by_the_check_outweighs_an_equal_cause() -> None:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lmconform.diagnosis.probes import (
+    backends,
     choosing,
     copying,
     decoding,
     encoding,
     leak,
+    losses,
     neighbours,
     padded_steps,
     padding,
@@ -37,6 +39,8 @@ PROBES: tuple[tuple[tuple[str, ...], Callable[[Specimen, int], list[Finding]]], 
     (("persistence.copy",), copying.probe),
     (("positions.order_matters",), encoding.module),
     (("positions.shift",), encoding.shift),
+    (("precision.backends",), backends.probe),
+    (("loss.reference",), losses.probe),
     (("parity.logits", "parity.hidden", "parity.transfer", "parity.scale"), reference.probe),
 )
 

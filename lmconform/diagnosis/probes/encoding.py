@@ -11,6 +11,9 @@ from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.measuring.traces import hooked
 from lmconform.specimen import random_ids
 
+LEAP = 32  # positions: far enough for rates that differ by a hundredth
+SLOW = 0.25  # of what a leap changes: a side that is not turned changes about as much in one step
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -82,10 +85,31 @@ def shift(subject: Specimen, seed: int) -> list[Finding]:
         return float((subject.logits(ids, positions=start + by) - base).abs().max())
 
     near, end = moved(3), moved(far - time - subject.first_position)
-    broken = ("position.one_side_rotated", "position.not_relative")
+    broken = ("position.one_side_rotated", "position.not_relative", "position.base_kept")
     if near > bound:
-        return [Finding("position.collision", Verdict.against), *(Finding(cause, Verdict.agrees) for cause in broken)]
+        cause, where = _unequal(subject, ids, bound)
+        others = [Finding(other, Verdict.against) for other in broken if other != cause]
+        return [Finding("position.collision", Verdict.against), Finding(cause, Verdict.seen, where), *others]
     where = (
         f"moved by 3 the logits stay, moved to the end of the context they change by {end:.2g}" if end > bound else ""
     )
     return [Finding("position.collision", Verdict.seen, where), *(Finding(cause, Verdict.against) for cause in broken)]
+
+
+def _unequal(subject: Specimen, ids: Tensor, bound: float) -> tuple[str, str]:
+    """All tokens at one position, which is then moved: turned alike, queries and keys still meet at the same angle.
+
+    A side that is not turned feels one step at once; rates that differ a little add up with the distance.
+    """
+    import torch
+
+    def at(position: int) -> Tensor:
+        return subject.logits(ids, positions=torch.full_like(ids, position + subject.first_position))
+
+    base = at(0)
+    step, leap = (float((at(position) - base).abs().max()) for position in (1, LEAP))
+    if max(step, leap) <= bound:
+        where = "with all tokens at one position it does not matter at which: queries and keys are turned alike, twice"
+        return "position.base_kept", where
+    told = f"with all tokens at one position, moving it by 1 changes the logits by {step:.2g}, by {LEAP} by {leap:.2g}"
+    return ("position.not_relative" if step < SLOW * leap else "position.one_side_rotated"), told

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
+from lmconform.diagnosis.probes import substitution
 from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.measuring import traces
 from lmconform.specimen import Unavailable, random_ids
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("weights.not_loaded", "weights.sliced_wrong", "attention.heads_scrambled", "position.offset")
 CODE = (
-    "norm.epsilon", "activation.differs", "position.layout", "position.base_kept", "attention.kv_groups",
+    "norm.epsilon", "activation.differs", "position.layout", "position.rates", "position.base_kept",
+    "attention.kv_groups",
     "attention.unscaled", "scale.hidden", "scale.logits",
 )  # fmt: skip
 QUERY = re.compile(r"(^|[._])q(uery)?(_proj|_lin)?$")
@@ -76,6 +78,17 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
                 where = f"with {what} the logits agree to {after:.2g} in place of {before:.2g}"
                 found.append(Finding(cause, Verdict.cured, where))
                 return found + [Finding(other, Verdict.against) for other in CODE if other != cause]
+    if changed == []:
+        told = (
+            substitution.settings(ours, theirs, error, bound)
+            or substitution.modules(ours, theirs, error, bound)
+            or substitution.scores(ours, theirs, ids)
+        )
+        if told is not None:
+            alike = substitution.ALIKE.get(told.cause, ())
+            found += [told, *(Finding(other, told.verdict, told.where) for other in alike)]
+            cleared = (other for other in CODE if other not in (told.cause, *alike))
+            return [*found, *(Finding(other, Verdict.against) for other in cleared)]
     return found + _by_shape(ours, theirs, ids)
 
 
