@@ -63,7 +63,10 @@ def models_help(name: str, rest: list[str]) -> str:
 
         return str(build_parser(["check"])._subparsers._group_actions[0].choices["check"].format_help())
     system = [rest[0]] if name in ("train", "compare") and rest else []
-    return _help(f"models {name} {system}", (sys.executable, "-m", "models", name, *system, "--help"))
+    text = _help(f"models {name} {system}", (sys.executable, "-m", "models", name, *system, "--help"))
+    if name == "compare" and "those of `train" in " ".join(text.split()):
+        text += models_help("train", rest)
+    return text
 
 
 _helps: dict[str, str] = {}

@@ -39,12 +39,12 @@ NAMED: dict[str, tuple[str, ...]] = {
     "device_remembered": ("in blocks.1.attention (RememberedDevice)", host("torch.ones", "torch.ones(query, key")),
     "buffer_replaced": (
         "the buffer blocks.1.attention.slopes of BufferReplaced",
-        here("torch.linspace", "torch.linspace(0.0, 0.3, k.shape[2])"),
+        here("torch.arange", "self.slopes = torch.arange(k.shape[2]"),
     ),
     "buffer_replaced_unused": ("blocks.0.attention.load is on cpu",),
     "late_parameter": (
         "the parameter blocks.1.attention.slopes_12 of LateParameter",
-        here("torch.linspace", "nn.Parameter(torch.linspace"),
+        here("torch.arange", "nn.Parameter(torch.arange"),
     ),
     "through_numpy": ("where: ThroughNumpy", "to numpy"),
     "int32_positions": ("where: table (OneHotTable)",),
