@@ -122,7 +122,8 @@ def vocabularies() -> dict[str, Any]:
 
 def speed() -> dict[str, Any]:
     """Training steps of 8 x 128 tokens of the stories, ours and GPT-2 of the same shape in turns."""
-    from fixtures.subjects.story import PEERS, training_step
+    from fixtures.subjects.story import PEERS
+    from fixtures.workloads import training_step
     from lmconform.bench.clocks import PROCESSOR
     from lmconform.bench.pairing import ROUNDS, compare
     from models.training.comparison import machine

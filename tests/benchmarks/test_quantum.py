@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from fixtures.subjects.story import training_step
+from fixtures.workloads import work
 from lmconform.bench import compare
 from lmconform.bench.clocks import PROCESSOR
 from lmconform.bench.pairing import ROUNDS
@@ -23,8 +23,6 @@ from models.quantum import QuantumConfig, QuantumForCausalLM
 from models.quantum.system import SIZES
 
 pytestmark = pytest.mark.quantum
-
-ROWS, TIME, NEW = 2, 32, 8
 
 
 def quantum(size: str, vocabulary: int, *, interference: bool = False) -> QuantumForCausalLM:
@@ -51,39 +49,18 @@ PEERS: dict[str, Callable[[str, int], Any]] = {
 }
 
 
-def blocks(vocabulary: int) -> list[list[int]]:
-    return torch.randint(4, vocabulary, (16, TIME)).tolist()
-
-
-def generation(model: Any) -> Callable[[], Any]:
-    model.eval()
-    ids = torch.randint(4, model.config.vocab_size, (ROWS, TIME))
-    mask = torch.ones_like(ids)
-    return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
-
-
 @pytest.mark.parametrize("peer", PEERS)
-def test_training_step(benchmark: Any, peer: str) -> None:
-    benchmark(training_step(PEERS[peer]("tiny", 64), blocks(64), ROWS))
-
-
-@pytest.mark.parametrize("peer", PEERS)
-def test_cached_generation(benchmark: Any, peer: str) -> None:
-    benchmark(generation(PEERS[peer]("tiny", 64)))
+@pytest.mark.parametrize("kind", ["training", "generation"])
+def test_time(benchmark: Any, kind: str, peer: str) -> None:
+    benchmark(work(kind, PEERS[peer]("tiny", 64)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["training", "generation"])
-def test_ratio_at_the_reports_size(benchmark: Any, what: str) -> None:
+@pytest.mark.parametrize("kind", ["training", "generation"])
+def test_ratio_at_the_reports_size(benchmark: Any, kind: str) -> None:
     """Complex states cost no tenth of the time beside GPT-NeoX, beyond chance."""
-
-    def task(peer: str) -> Callable[[], Any]:
-        model = PEERS[peer]("report", 2048)
-        return training_step(model, blocks(2048), ROWS) if what == "training" else generation(model)
-
-    found = benchmark.pedantic(
-        compare, args=(task("quantum"), task("gpt_neox")), kwargs={"rounds": ROUNDS, "clock": PROCESSOR}, rounds=1
-    )
+    ours, theirs = (work(kind, PEERS[peer]("report", 2048)) for peer in ("quantum", "gpt_neox"))
+    found = benchmark.pedantic(compare, args=(ours, theirs), kwargs={"rounds": ROUNDS, "clock": PROCESSOR}, rounds=1)
     benchmark.extra_info["ratio"] = found.ratio
-    print(f"{what}: {found}")
+    print(f"{kind}: {found}")
     assert not found.slower_than(1.1)
