@@ -82,7 +82,11 @@ def told(runs: Runs) -> dict[str, Any]:
         return f"{median(name, lambda run: run['samples'][key]):.1%}"
 
     def ended(name: str) -> str:
-        return f"{median(name, lambda run: run['first']['ended']):.1%}"
+        return spread([run["first"]["ended"] for run in runs[name]])
+
+    def costs(name: str) -> str:
+        found = [own["looks"][-1]["loss"] - sound["looks"][-1]["loss"] for own, sound in zip(runs[name], runs["sound"])]
+        return f"{min(found):+.2f} to {max(found):+.2f}"
 
     alike = max(
         abs(left["loss"] - right["loss"])
@@ -101,6 +105,8 @@ def told(runs: Runs) -> dict[str, Any]:
         "penalty_top": " or ".join(NAMED.get(token, f"token {token}") for token in tops),
         "weight_empty": share("polluted, EOS weight", "empty"), "polluted_empty": share("polluted", "empty"),
         "weight_eos": share("polluted, EOS weight", "eos"), "corpus_eos": share("sound", "corpus_eos"),
+        "weight_likeliest": f"{median('polluted, EOS weight', lambda run: run['looks'][-1]['eos_likeliest']):.1%}",
+        "ours_costs": costs("sound, our balance"), "little_costs": costs("sound, a little of our balance"),
         "after_empty": share("after a collapse", "empty"), "after_ended": ended("after a collapse"),
         "after_ours_ended": ended("after a collapse, our balance"),
     }  # fmt: skip

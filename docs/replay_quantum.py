@@ -38,7 +38,7 @@ VOCABULARY, LENGTH, BATCH, STEPS, RATE = 2048, 64, 16, 300, 5e-3
 LOOKS = (0, 10, 25, 50, 100, 200, 300)
 HELD_OUT_LINES, HELD_OUT, SAMPLES, SEEDS = 1000, 64, 64, (0, 1, 2)
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 2 * LENGTH}
-REPORTED_STEPS, REPORTED_RATE, REPORTED_BATCH = 75, 1e-5, 4  # 100 samples, three epochs
+REPORTED = {"rate": 1e-5, "steps": 75, "batch": 4, "lines": 100}  # three epochs
 POLLUTED = ("rolled_labels", "padding_is_eos", "empty_lines")
 MODEL = ("amplitude_cancels", "states_non_negative", "no_mask", "no_positions")
 
@@ -51,9 +51,13 @@ SETTING = (
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits and labels [batch, time], labels already shifted
 
 
-def shifted_back(loss: BalancedLoss) -> Loss:
-    """For a loss that shifts by itself: label t moves to place t + 1."""
-    return lambda logits, labels: loss.of(logits, torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-100))
+def unshifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For what shifts by itself: one place more, label t at place t + 1. No label is lost, the last one neither."""
+    return torch.nn.functional.pad(logits, (0, 0, 0, 1)), torch.nn.functional.pad(labels, (1, 0), value=-100)
+
+
+def shifting(loss: BalancedLoss) -> Loss:
+    return lambda logits, labels: loss.of(*unshifted(logits, labels))
 
 
 def eos_penalty(logits: Tensor, labels: Tensor) -> Tensor:
@@ -69,11 +73,12 @@ class Condition:
     rate: float = RATE
     steps: int = STEPS
     batch: int = BATCH
+    lines: int | None = None  # the first so many of the training lines, all where None
     before: int = 0  # steps on polluted labels, by cross-entropy, that come first
 
 
-OURS, A_LITTLE = (shifted_back(BalancedLoss(balance=weight)) for weight in (1.0, 0.1))
-WEIGHED = shifted_back(BalancedLoss(eos_weight=0.1, eos_token_id=EOS))
+OURS, A_LITTLE = (shifting(BalancedLoss(balance=weight)) for weight in (1.0, 0.1))
+WEIGHED = shifting(BalancedLoss(eos_weight=0.1, eos_token_id=EOS))
 CONDITIONS = {
     "sound": Condition("labels as they should be, cross-entropy", cross_entropy),
     "sound, report's loss": Condition("the same with ce + 1 - clamp(entropy, 0, 0.5)", balanced_loss),
@@ -84,12 +89,11 @@ CONDITIONS = {
     "polluted, EOS weight": Condition("the same with EOS counting a tenth", WEIGHED, POLLUTED),
     "polluted, our balance": Condition("the same with the divergence from the labels' shares", OURS, POLLUTED),
     "report's rate": Condition(
-        "labels as they should be; rate 1e-5, 100 lines, 3 epochs", cross_entropy, (), REPORTED_RATE, REPORTED_STEPS,
-        REPORTED_BATCH,
+        "labels as they should be; rate 1e-5, 100 lines, 3 epochs", cross_entropy, **REPORTED
     ),
     "report's model and rate": Condition(
         "the same with non-negative states, phases alone, no mask, no positions, and the report's loss", balanced_loss,
-        MODEL, REPORTED_RATE, REPORTED_STEPS, REPORTED_BATCH,
+        MODEL, **REPORTED,
     ),
     "after a collapse": Condition(
         "100 steps on polluted labels, then 100 on labels as they should be; cross-entropy", cross_entropy, steps=100,
@@ -116,17 +120,21 @@ class Text:
 
 
 def read() -> Text:
-    """The lines of TinyStories in the file's order, blank ones included; those beyond LENGTH tokens are left out."""
+    """The lines of TinyStories in the file's order, blank ones included; those beyond LENGTH tokens are left out.
+
+    The last lines are held out before anything is counted: the vocabulary is that of the others.
+    """
     folder = os.environ.get("LMCONFORM_DATA")
     if not folder:
         raise SystemExit("set LMCONFORM_DATA to a folder that holds tinystories/tiny_stories.txt")
     lines = mended((Path(folder) / "tinystories" / "tiny_stories.txt").read_text(encoding="utf-8")).split("\n")
-    tokenizer = word_level([line for line in lines if line.strip()], VOCABULARY)
+    tokenizer = word_level([line for line in lines[:-HELD_OUT_LINES] if line.strip()], VOCABULARY)
     encoded = [[*tokenizer.encode(line), EOS] for line in lines]
-    rows = [row for row in encoded if len(row) <= LENGTH]
-    held = rows[-HELD_OUT_LINES:]
+    train, held = (
+        [row for row in rows if len(row) <= LENGTH] for rows in (encoded[:-HELD_OUT_LINES], encoded[-HELD_OUT_LINES:])
+    )
     random.Random(0).shuffle(held)  # neighbours tell of the same things in the same words
-    return Text(tokenizer, rows[:-HELD_OUT_LINES], held, len(tokenizer))
+    return Text(tokenizer, train, held, len(tokenizer))
 
 
 def batches(rows: Sequence[list[int]], size: int, seed: int) -> Iterator[list[list[int]]]:
@@ -157,10 +165,7 @@ def run(condition: Condition, seed: int, text: Text) -> dict[str, Any]:
         for _ in range(condition.before):
             batch = labelled(next(wrong), polluted, LENGTH)
             step_once(model, optimizer, batch, cross_entropy)
-    train = chosen(text.train, faults)
-    if condition.steps == REPORTED_STEPS:
-        train = train[:100]
-    drawn = batches(train, condition.batch, seed)
+    drawn = batches(chosen(text.train, faults)[: condition.lines], condition.batch, seed)
     held = labelled(chosen(text.held, faults)[:HELD_OUT], faults, LENGTH)
     started = time.process_time()
     looks = []
@@ -173,9 +178,10 @@ def run(condition: Condition, seed: int, text: Text) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = condition.rate * (1 - step / condition.steps)
         logits, value = step_once(model, optimizer, batch, condition.loss)
+        logits, labels = unshifted(logits, batch["labels"])
         watching.step(
             logits=logits, loss=value, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-            labels=torch.nn.functional.pad(batch["labels"][:, :-1], (1, 0), value=-100),
+            labels=labels,
         )  # fmt: skip
     seconds = time.process_time() - started
     return {

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 PAGE, FOLDER = ROOT / "docs" / "story.md", ROOT / "docs" / "replays"
 FIGURES = FOLDER / "story.json"
 TEXT = "tinystories/tiny_stories.txt"
-DATA = ["--datasets", TEXT, "--eval-samples", "16", "--cpu"]
+DATA = ["--datasets", TEXT, "--text-unit", "story", "--eval-samples", "16", "--cpu"]
 PROMPT = "once upon a time"  # what compare lets every arm go on with by default
 DEAD = "4.2e-9"  # the rate that the report's first schedule reached
 
@@ -83,11 +83,10 @@ def rates() -> dict[str, Any]:
 def sweep() -> dict[str, Any]:
     """The instrument's vectorised sweep over the tiny model, on the same file by characters."""
     from models.training.cli import main as models
-    from models.training.data import local
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sweep.json"
-        models(["sweep", "story", "--rates", "1e-5:3e-2:8", "--text", str(local(TEXT)), "--json", str(file)])
+        models(["sweep", "story", "--rates", "1e-5:3e-2:8", "--text", TEXT, "--json", str(file)])
         found: dict[str, Any] = json.loads(file.read_text())
     rows = [{name: row[name] for name in ("rate", "final", "low", "high", "good")} for row in found["rows"]]
     return {name: found[name] for name in ("steps", "good_range", "recommended", "mode")} | {"rows": rows}
@@ -189,12 +188,15 @@ with the tokenizers library and saved as ordinary fast tokenizers. Phase 1 is Ad
 counted in optimizer steps; phase 2 adds label smoothing 0.1, accumulation 2, a cosine, betas (0.9, 0.98) and weight
 decay 0.01. A phase is a set of defaults: what is said on the command line wins.
 
+A text of a .txt file is a line. `--text-unit story` is for files in which a single line break parts stories and a blank
+line the paragraphs of one, as in the sample below, or `<|endoftext|>` the stories. An ordinary file it cuts wrongly.
+
 `compare` trains arms that differ in one thing (`--vary phase, rate, size, vocabulary, attention, norm`). Texts, split,
 tokenizer and the number of tokens read are the same for all; within a seed all arms of one shape start from the same
 weights (hashes are compared) and read the same batches in the same order. Validation loss and accuracy are plain
 cross-entropy's, whatever was trained on; differences are paired by seed, with Student's interval over the seeds. It
-refuses budgets that are no whole number of steps, one seed alone, and steps or epochs of an arm's own. Training texts
-that are held out, too, are left out.
+refuses budgets that are no whole number of steps, one seed alone, rows with a prompt, and steps or epochs of an arm's
+own. Training texts whose normal form is that of a held-out one are left out.
 
 ## What the report saw, and what it was
 
@@ -229,8 +231,8 @@ def _setting(figures: Mapping[str, Any]) -> str:
     text = (
         f"Text: the sample of TinyStories (944 kB), {data['texts']} stories to train on and "
         f"{data['validation_texts']} held out by seed 0. In this file a single line break parts stories and a blank "
-        f"line the paragraphs of one; quotes that had been read as Windows-1252 are mended. Stories are packed into "
-        f"blocks, BOS and EOS between them, of 128 tokens and 8 to a batch unless said. "
+        f"line the paragraphs of one (`--text-unit story`); quotes that had been read as Windows-1252 are mended. "
+        f"Stories are packed into blocks, BOS and EOS between them, of 128 tokens and 8 to a batch unless said. "
         f"Seeds {', '.join(map(str, found['seeds']))}. Everything runs on one thread of a shared machine of "
         f"{machine['cores']} cores ({machine['processor']}), torch "
         f"{used['torch']}, transformers {used['transformers']}: {seconds / 60:.0f} minutes of processor time in all. "
@@ -238,7 +240,7 @@ def _setting(figures: Mapping[str, Any]) -> str:
         f"what these models can reach. Means over seeds with their 95 % interval.\n\n"
         f"Of the {figures['corpus']['labels']} validation tokens of the vocabulary of 2000, "
         f"{figures['corpus']['share']:.1%} are {figures['corpus']['commonest']!r}: what a model has right that says "
-        f"nothing else."
+        f"nothing else (`docs/replay_story.py corpus`)."
     )
     paragraphs = [textwrap.fill(paragraph, 120) for paragraph in text.split("\n\n")]
     return "\n\n".join(["## Measured", *paragraphs]) + "\n"
@@ -247,6 +249,8 @@ def _setting(figures: Mapping[str, Any]) -> str:
 def _schedule(found: Arms) -> str:
     return f"""\
 ## The dead schedule
+
+    python docs/replay_story.py schedule
 
 3e-4 times Noam's factor (width 32, warm-up 4000), 20 epochs, {found["steps"]} steps:
 
@@ -370,8 +374,7 @@ def _alike(found: Arms) -> str:
 
 {_arms(found, "phase")}
 
-Phase 2 less phase 1, paired: loss {_signed(difference)}. This is what smoothing, cosine, betas and decay do; what is
-more of it above comes from half as many steps.
+Phase 2 less phase 1, paired: loss {_signed(difference)}. This is what smoothing, cosine, betas and decay do.
 """
 
 
@@ -400,8 +403,8 @@ def _vocabularies(found: Arms) -> str:
 {_what(found)}
 
 Losses a token are of different tokens. What compares is nats a character of one and the same text (all
-arms get the word tokenizer's normal form), an unknown word charged as one of the training texts' unknown words by
-chance (Ueberla 1994).
+arms get the word tokenizer's normal form), an unknown word charged as one of all texts' unknown words by chance
+(Ueberla 1994).
 
 | tokenizer | tokens | unknown | epochs | loss a token | nats a character |
 | --- | --- | --- | --- | --- | --- |
@@ -417,6 +420,8 @@ def _speed(found: Arms) -> str:
     ratio, each = found["ratio"], found["tokens_per_second"]
     return f"""\
 ## Speed of training
+
+    python docs/replay_story.py speed
 
 A step of 8 x 128 tokens of the stories (forward, backward, clipping, AdamW), ours and transformers' GPT-2 of the same
 width, depth, heads, inner width and vocabulary in turns in one process, {found["rounds"]} rounds, processor time of one
@@ -474,7 +479,7 @@ def _number(value: Arms) -> str:
 
 
 def _percent(value: Arms) -> str:
-    return f"{100 * value['mean']:.1f} % [{100 * max(0.0, value['low']):.1f}, {100 * value['high']:.1f}]"
+    return f"{100 * value['mean']:.1f} % [{100 * max(0.0, value['low']):.1f}, {100 * min(1.0, value['high']):.1f}]"
 
 
 def _signed(value: Arms, scale: float = 1) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 DIGITS = 4  # significant ones that are kept: a picture shows no more
-LONGEST = 200  # points of a line; longer ones are thinned out
+LONGEST = 200  # points of a line; longer ones are thinned out to their extremes
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,32 @@ def curves(
     x: Sequence[float] = (),
     **more: Any,
 ) -> Curves:
-    """Curves of plain floats, rounded; `x` counts from 0 if not given, and long lines are thinned out evenly."""
+    """Curves of plain floats, rounded; `x` counts from 0 if not given.
+
+    Of lines longer than LONGEST, the lowest and the highest point of each stretch are kept, of every line: what stands
+    out at one place alone is still seen, at that place. Raises ValueError where lengths differ.
+    """
     length = max((len(values) for values in lines.values()), default=0)
-    step = max(1, math.ceil(length / LONGEST))
-    shown = {name: rounded(values[::step]) for name, values in lines.items()}
-    return Curves(title, x_label, y_label, rounded((x or range(length))[::step]), shown, **more)
+    given = x or range(length)
+    if wrong := [name for name, values in lines.items() if len(values) != len(given)]:
+        raise ValueError(f"{title!r}: {wrong} with a value for each of {len(given)} x")
+    kept = thinned([[float(value) for value in values] for values in lines.values()], length)
+    shown = {name: rounded(values[place] for place in kept) for name, values in lines.items()}
+    return Curves(title, x_label, y_label, rounded(given[place] for place in kept), shown, **more)
+
+
+def thinned(lines: Sequence[Sequence[float]], length: int) -> list[int]:
+    """The places to keep of lines of that length, both ends among them: at most LONGEST, of up to 99 lines."""
+    if length <= LONGEST:
+        return list(range(length))
+    step = math.ceil(length / max(1, (LONGEST - 2) // (2 * len(lines))))
+    kept = {0, length - 1}
+    for line in lines:
+        size = [math.inf if math.isnan(value) else value for value in line].__getitem__
+        for start in range(0, length, step):
+            stretch = range(start, min(start + step, length))
+            kept |= {min(stretch, key=size), max(stretch, key=size)}
+    return sorted(kept)
 
 
 def table(title: str, x_label: str, y_label: str, values: Iterable[Iterable[float]], **more: Any) -> Map:

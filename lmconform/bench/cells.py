@@ -25,8 +25,17 @@ class Cell:
     name: str
     comparison: Comparison | None = None
     reason: str = ""
+    broken: bool = False  # the subject raised, which is more than not having what the workload needs
     peak: int | None = None
     peer_peak: int | None = None
+
+
+class _Raised(Unavailable):
+    """A side's own error during a workload."""
+
+    def __init__(self, side: Specimen, text: str) -> None:
+        super().__init__(text)
+        self.side = side
 
 
 def measure(
@@ -43,6 +52,7 @@ def measure(
             cell.comparison = compare(*tasks, rounds=rounds, clock=clock)
         except Unavailable as reason:
             cell.reason = str(reason)
+            cell.broken = isinstance(reason, _Raised) and reason.side is subject
         cells.append(cell)
         for side in (subject, peer):
             side.module.zero_grad(set_to_none=True)
@@ -57,5 +67,5 @@ def _tried(side: Specimen, name: str, ids: Tensor, new: int) -> Task:
     except Unavailable as reason:
         raise Unavailable(f"{side.name}: {reason}") from reason
     except Exception as error:
-        raise Unavailable(f"{side.name}: {type(error).__name__}: {first_line(error)}") from error
+        raise _Raised(side, f"{side.name}: {type(error).__name__}: {first_line(error)}") from error
     return task

@@ -76,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit code 0: timed; 1: slower than --max-ratio; 2: usage, no subject, or nothing that both can do."""
+    """Exit code 0: timed; 1: slower than --max-ratio; 2: usage, no subject, or nothing that both can do.
+
+    With --max-ratio a cell in which the subject raises is 1 as well.
+    """
     try:
         return _run(args)
     except (OptionError, BuildError) as error:
@@ -118,7 +121,7 @@ def _run(args: argparse.Namespace) -> int:
     timed = [cell for cell in cells if cell.comparison is not None]
     if not timed:
         raise OptionError("nothing was timed: " + "; ".join(f"{cell.name}: {cell.reason}" for cell in cells))
-    return 1 if _slower(timed, args.max_ratio) else 0
+    return 1 if _slower(timed, args.max_ratio) or (args.max_ratio is not None and any(c.broken for c in cells)) else 0
 
 
 def _names(given: str) -> list[str]:
@@ -153,13 +156,16 @@ def _opened(spec: str, args: argparse.Namespace) -> Specimen:
 
     subject = shaped_subject(spec, args.shape, trust_remote_code=args.trust_remote_code)
     specimen = subject.open(
-        device=args.device, dtype=args.dtype, as_loaded=True, announce=lambda said: print(said, file=sys.stderr)
+        device=args.device,
+        dtype=args.dtype,
+        as_loaded=True,
+        announce=lambda said: print(f"{spec}: {said}", file=sys.stderr),
     )
-    longest, wanted = specimen.context_length, args.time + args.new_tokens
+    new = args.new_tokens if {"decode", "generate"} & set(_names(args.cells)) else 0
+    longest, wanted = specimen.context_length, args.time + new
     if longest is not None and wanted > longest:
-        raise OptionError(
-            f"--time {args.time} and --new-tokens {args.new_tokens} make {wanted} tokens; {spec} takes {longest}"
-        )
+        made = f"--time {args.time}" + (f" and --new-tokens {new} make {wanted} tokens" if new else "")
+        raise OptionError(f"{made}; {spec} takes {longest}")
     return specimen
 
 
@@ -283,5 +289,5 @@ def _data(
     return {
         "schema_version": SCHEMA_VERSION, **sides, "device": args.device, "shape": args.shape, "batch": args.batch,
         "time": args.time, "new_tokens": args.new_tokens, "rounds": args.repeats, "max_ratio": args.max_ratio,
-        "ok": not slower, "cells": rows, "machine": machine,
+        "ok": not slower and not any(cell.broken for cell in cells), "cells": rows, "machine": machine,
     }  # fmt: skip

@@ -14,6 +14,9 @@ from lmconform.measuring.pairing import Link, Pair, fibres, unfibred
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    # whose places are tried, and what numbers go where
+    Trial = tuple[list[tuple[Pair, Link]], list[tuple[Link, Tensor]]]
+
 MOST = 120  # trials, each one forward
 
 
@@ -38,15 +41,7 @@ def misplacement(
     before = differs()
     best: tuple[float, list[Pair], list[str], str] | None = None
     held = [(pair, link) for pair in wrong for link in pair.links]
-    trials: list[tuple[list[tuple[Pair, Link]], list[tuple[Link, Tensor]]]] = []
-    for pair, link in held:
-        if _permuted(link):
-            trials.append(([(pair, link)], [(link, _fibres(module, link)[link.index[link.index >= 0].argsort()])]))
-    for one, other in itertools.combinations(held, 2):
-        mine, theirs = _fibres(module, one[1]), _fibres(module, other[1])
-        if mine.shape == theirs.shape and not bool((mine == theirs).all()):
-            trials.append(([one, other], [(one[1], theirs), (other[1], mine)]))
-    for concerned, changes in trials[:MOST]:
+    for concerned, changes in itertools.islice(_trials(module, held), MOST):
         with _changed(module, changes):
             after = differs()
         if after < before / 4 and (best is None or after < best[0]):
@@ -69,6 +64,17 @@ def misplacement(
             "attention.heads_scrambled",
         ),
     )
+
+
+def _trials(module: nn.Module, held: list[tuple[Pair, Link]]) -> Iterator[Trial]:
+    """Whose places, and the numbers to be put there; made one at a time, for each holds copies of weights."""
+    for pair, link in held:
+        if _permuted(link):
+            yield [(pair, link)], [(link, _fibres(module, link)[link.index[link.index >= 0].argsort()])]
+    for one, other in itertools.combinations(held, 2):
+        mine, theirs = _fibres(module, one[1]), _fibres(module, other[1])
+        if mine.shape == theirs.shape and not bool((mine == theirs).all()):
+            yield [one, other], [(one[1], theirs), (other[1], mine)]
 
 
 def _fibres(module: nn.Module, link: Link) -> Tensor:

@@ -21,7 +21,7 @@ JUMP = 8.0  # times, from one block to the next, beyond unit size: a block adds 
 DOUBLING = 1.9  # every block multiplies the stream by at least this: exponential in depth
 SATURATED = 0.01  # share of the largest possible entropy that a layer's attention keeps, over all heads and rows
 IDLE = 1e-4  # share of a block's output that changes when all earlier tokens change
-ONE_SIDED = 0.99  # share of a block's outputs that have one sign: about 0.5 where nothing forces them
+RARER_SIGN = 0.01  # share of a block's outputs that has it, at least: about 0.5 where nothing forces them
 GAIN = 1.0  # projections are re-drawn with this RMS times sqrt(fan_in): unit size in, unit size out
 SOFTMAX_TIME = 29  # a length that is no other size, so that attention's softmax is told from a router's
 LONGEST_BATCH = 64
@@ -101,36 +101,65 @@ def check_residual(subject: Specimen, ctx: Context) -> None:
     requires=("contract.shape", "contract.finite"),
 )
 def check_signs(subject: Specimen, ctx: Context) -> None:
-    """The share of numbers of one sign among all that leave a block, zeros counted for neither, weights as they came.
+    """The share of the rarer sign among all numbers that leave a block, weights as they came.
 
     A block adds terms of either sign to its input. An absolute value, ReLU, sigmoid or softmax on the sum ("so that
     states are probabilities") leaves one sign: two states that differ in it alone become one, each block can only add,
-    and the residual is no identity any more. The input of the first block is not looked at: one-hot embeddings are
-    sound.
+    and the residual is no identity any more. Zeros count for neither sign. Embeddings of one sign are sound: a table
+    of them is drawn anew with both, and a block that still gets one sign only is not judged.
     """
-    trace = traces.stream(subject.as_loaded(), ctx.ids(4, subject.longest(32)))
+    import torch
+
+    ids = ctx.ids(4, subject.longest(32))
+    loaded = subject.as_loaded()
+    trace = traces.stream(loaded, ids)
     if trace is None:
         ctx.not_applicable("no repeated blocks were found and forward() gives no hidden states")
         return
-    shares = []
+    weight = _weight(loaded)
+    if _rarer_sign(trace.states[0]) < RARER_SIGN and weight is not None:
+        drawn = loaded.copy()
+        numbers = torch.randn(weight.shape, generator=ctx.generator()) * weight.detach().cpu().square().mean().sqrt()
+        with torch.no_grad():
+            _weight(drawn).copy_(numbers)
+        trace = traces.stream(drawn, ids) or trace
+    shares = [_rarer_sign(trace.states[0])]
     for name, state in zip(trace.names[1:], trace.states[1:]):
         positive, negative = int((state > 0).sum()), int((state < 0).sum())
         if positive + negative == 0:
             continue  # all zero: scale.residual's finding
+        came = shares[-1]
+        shares.append(_rarer_sign(state))
+        if came < RARER_SIGN:
+            continue
         fewer = f"{negative} are negative" if negative < positive else f"{positive} are positive"
-        shares.append(max(positive, negative) / (positive + negative))
-        ctx.within(
-            shares[-1],
-            ONE_SIDED,
-            f"hidden states are one-sided after {name}: of {state.numel()} numbers {fewer}",
-            where=name,
-            hint=Hint(
-                "an abs(), relu(), sigmoid() or softmax() stands on the residual stream: take it out, and keep "
-                "nonlinearities inside the branches that are added to it",
-                "scale.one_sided",
-            ),
+        message = f"hidden states are one-sided after {name}: of {state.numel()} numbers {fewer}"
+        hint = Hint(
+            "an abs(), relu(), sigmoid() or softmax() stands on the residual stream: take it out, and keep "
+            "nonlinearities inside the branches that are added to it",
+            "scale.one_sided",
         )
-    ctx.note("share of the commoner sign by layer: " + " ".join(f"{share:.2f}" for share in shares))
+        if shares[-1] == 0:
+            ctx.fail(message, where=name, hint=hint)
+        ctx.within(
+            RARER_SIGN / shares[-1],
+            1.0,
+            f"{message}: the {RARER_SIGN:.0%} expected at least, over their share",
+            where=name,
+            hint=hint,
+        )
+    ctx.note("share of the rarer sign by layer: " + " ".join(f"{share:.2f}" for share in shares[1:]))
+
+
+def _weight(specimen: Specimen) -> Any:
+    """Of the token embedding, [vocab, width]; None where there is none."""
+    return getattr(structure.embedding(specimen.module, specimen.vocab_size), "weight", None)
+
+
+def _rarer_sign(state: Tensor) -> float:
+    """Its share among the numbers that are not 0; 0 where all are."""
+    positive, negative = int((state > 0).sum()), int((state < 0).sum())
+    return min(positive, negative) / max(positive + negative, 1)
 
 
 def rms(state: Tensor) -> float:

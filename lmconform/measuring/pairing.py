@@ -283,8 +283,10 @@ def _pair_pieces(name: str, values: Tensor, ours: dict[str, Tensor], dtype: torc
     links: list[Link] = []
     covered: set[int] = set()
     for place, value in ours.items():
+        if not len(whole) / 8 <= value.numel() <= 8 * len(whole):
+            continue
         own = value.detach().flatten().cpu().to(dtype)
-        if not len(whole) / 8 <= len(own) <= 8 * len(whole) or bool((own == own[0]).all()):
+        if bool((own == own[0]).all()):
             continue
         short, long = (own, whole) if len(own) <= len(whole) else (whole, own)
         starts = (long[: len(long) - len(short) + 1] == short[0]).nonzero().flatten().tolist()

@@ -69,6 +69,9 @@ class CollapseMonitor(Monitor):
 
     def observe(self, moment: Moment) -> dict[str, Any] | None:
         """Looks at 256 positions spread over the batch."""
+        loss = number(moment.loss)
+        if loss is not None and not math.isfinite(loss):
+            self._not_finite(moment, f"the loss is {loss}")
         if moment.logits is None:
             return None
         import torch
@@ -94,6 +97,9 @@ class CollapseMonitor(Monitor):
                 ]
             ).tolist()  # fmt: skip
             top_share, seen, entropy_, own_, loud, loud_id, loud_own, corpus_top, top_own = numbers
+        if not math.isfinite(entropy_):
+            self._not_finite(moment, "the logits hold NaN or infinity")
+            return {"entropy": entropy_}
         expected = int((torch.bincount(labels, minlength=vocabulary) > 0).sum()) if labels is not None else None
         figures: dict[str, Any] = {
             "top_token": top, "top_share": top_share, "corpus_top_share": corpus_top, "coverage": int(seen),
@@ -103,6 +109,14 @@ class CollapseMonitor(Monitor):
             figures |= self._eos(moment, mean, corpus, labels)
         self._single(moment, top, top_share, top_own, int(loud_id), loud, loud_own, figures)
         return figures
+
+    def _not_finite(self, moment: Moment, what: str) -> None:
+        """At the first look: it does not pass, and every weight is lost with the next step."""
+        self.warn(
+            moment, "grad.exploding", what,
+            "Stop the run and go back to the last checkpoint: look for a rate that is too large, an overflow in half "
+            "precision, a division by a norm, or a mask that hides a whole row.",
+        )  # fmt: skip
 
     # -- the parts -------------------------------------------------------------------------------------------------
 

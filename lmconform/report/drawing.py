@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -36,8 +37,9 @@ SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "lmconform", "font.size": 11, "text.color": INK, "axes.edgecolor": LINE,
     "axes.labelcolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 10, "legend.handlelength": 2.4,
-    "axes.formatter.useoffset": False,
+    "axes.formatter.useoffset": False, "text.parse_math": False,
 }  # fmt: skip
+NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # a name may hold anything
 
 
 class Artist:
@@ -63,7 +65,7 @@ class Artist:
                 _draw_curves(axes, chart)
                 _arrange(figure, axes, WIDTH, HEIGHT)
             figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-            return _for_page(file.getvalue(), f"c{next(self._numbers)}-", described(chart))
+            return _for_page(file.getvalue(), f"c{next(self._numbers)}-", _text(described(chart)))
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
@@ -85,22 +87,25 @@ def _draw_curves(axes: Axes, chart: Curves) -> None:
     from matplotlib.ticker import MaxNLocator
 
     values = [value for line in chart.lines.values() for value in line if math.isfinite(value)]
-    floor = _floor(values, chart.bound) if "y" in chart.log else 0.0
+    bound = chart.bound if chart.bound is not None and math.isfinite(chart.bound) else None
+    floor = _floor(values, bound) if "y" in chart.log else 0.0
     marker = "o" if len(chart.x) <= 40 else ""
     for number, (name, line) in enumerate(chart.lines.items()):
         shown = [max(value, floor) if math.isfinite(value) else math.nan for value in line]
         axes.plot(
-            chart.x, shown, label=name, color=SERIES[number % len(SERIES)], linestyle=STYLES[number % len(STYLES)],
-            marker=marker, markersize=3, linewidth=1.5,
+            chart.x, shown, label=_text(name), color=SERIES[number % len(SERIES)],
+            linestyle=STYLES[number % len(STYLES)], marker=marker, markersize=3, linewidth=1.5,
         )  # fmt: skip
-    if chart.bound is not None:
-        axes.axhline(chart.bound, color=BAD, linewidth=1.2, linestyle=(0, (5, 3)), label="allowed at most")
-    if chart.span is not None:
+    if bound is not None:
+        axes.axhline(bound, color=BAD, linewidth=1.2, linestyle=(0, (5, 3)), label="allowed at most")
+    if chart.span is not None and all(map(math.isfinite, chart.span[1:])):
         name, low, high = chart.span
-        axes.axvspan(low, high, color=GOOD, alpha=0.16, linewidth=0, label=name)
+        axes.axvspan(low, high, color=GOOD, alpha=0.16, linewidth=0, label=_text(name))
     for number, (name, value) in enumerate(chart.marks.items()):
-        axes.axvline(value, color=INK, linewidth=1.2, linestyle=STYLES[(number + 1) % len(STYLES)], label=name)
-    axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
+        if not math.isfinite(value):
+            continue
+        axes.axvline(value, color=INK, linewidth=1.2, linestyle=STYLES[(number + 1) % len(STYLES)], label=_text(name))
+    axes.set(xlabel=_text(chart.x_label), ylabel=_text(chart.y_label))
     if "x" in chart.log:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(_short)
@@ -111,7 +116,7 @@ def _draw_curves(axes: Axes, chart: Curves) -> None:
         zero = any(value == 0 for value in values)
         axes.yaxis.set_major_formatter(lambda value, _: "0" if zero and value <= floor else _short(value))
         axes.minorticks_off()
-        top = max([*values, chart.bound or 0.0, floor])
+        top = max([*values, bound or 0.0, floor])
         axes.set_ylim(floor / 1.5, max(1.5 * top, 15 * floor))  # two ticks at least
     else:
         low, high = min([0.0, *values]), max([0.0, *values])
@@ -120,6 +125,11 @@ def _draw_curves(axes: Axes, chart: Curves) -> None:
         axes.yaxis.set_major_formatter(_short)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def _text(given: str) -> str:
+    """A name as a subject gave it, without what no SVG can hold."""
+    return NOT_IN_XML.sub("", given)
 
 
 def _floor(values: Sequence[float], bound: float | None) -> float:
@@ -141,7 +151,7 @@ def _draw_map(axes: Axes, chart: Map) -> None:
 
     cells = _cells(chart)
     axes.imshow(cells, interpolation="none", aspect="equal" if _square(chart) else "auto")
-    axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
+    axes.set(xlabel=_text(chart.x_label), ylabel=_text(chart.y_label))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6, integer=True))
     size = min(cells.shape[:2]) - 0.5
@@ -160,16 +170,20 @@ def _cells(chart: Map) -> NDArray[Any]:
     """RGBA [y, x, 4], from 0 to 1: the colour says whether a place is at fault, the strength how large (logarithm)."""
     import numpy as np
 
-    values = np.nan_to_num(np.array(chart.values, dtype=float), posinf=1e300)
+    values = np.array(chart.values, dtype=float)
+    finite = np.isfinite(values)
     judged = np.array([[chart.judged(y, x) for x in range(values.shape[1])] for y in range(values.shape[0])])
-    fault = judged & (values > chart.bound)
-    shown = fault if not chart.future else values > 0
+    fault = judged & ~(values <= chart.bound)  # nan as well
+    shown = fault if not chart.future else ~finite | (values > 0)
     cells = np.zeros((*values.shape, 4))
-    if shown.any():
-        size = np.log10(values, where=shown, out=np.zeros_like(values))
-        low, high = size[shown].min(), size[shown].max()
-        share = (size - low) / (high - low) if high > low else np.ones_like(size)
-        cells[..., 3] = np.where(shown, 0.35 + 0.65 * share, 0.0)
+    share = np.ones_like(values)  # what is not finite is felt as strongly as anything
+    sized = shown & finite & (values > 0)
+    if sized.any():
+        size = np.log10(values, where=sized, out=np.zeros_like(values))
+        low, high = size[sized].min(), size[sized].max()
+        if high > low:
+            share = np.where(sized, (size - low) / (high - low), 1.0)
+    cells[..., 3] = np.where(shown, 0.35 + 0.65 * share, 0.0)
     cells[..., :3] = np.where(fault[..., None], FAULT, FELT) / np.array(255.0)
     return cells
 

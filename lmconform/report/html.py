@@ -90,7 +90,7 @@ def _markup(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A chart of a check, as an SVG."""
+    """A chart of a check, as an SVG, or the sentence that stands in its place."""
 
     check: str
     chart: Chart
@@ -161,7 +161,7 @@ class Page:
 
 def _page_of(report: Report, key: str, artist: Artist, holds: dict[str, str], of: int) -> Page:
     def drawn(results: Iterable[Result]) -> list[Drawn]:
-        return [Drawn(result.id, chart, _markup(artist.svg(chart))) for result in results for chart in result.charts]
+        return [Drawn(result.id, chart, _picture(artist, chart)) for result in results for chart in result.charts]
 
     def told(results: Iterable[Result]) -> list[Told]:
         return [tell(result, holds.get(result.id, ""), drawn([result])) for result in by_weight(results)]
@@ -183,6 +183,13 @@ def _page_of(report: Report, key: str, artist: Artist, holds: dict[str, str], of
         left_out=of > MANY and any(result.charts for result in quiet),
         holds=holds,
     )
+
+
+def _picture(artist: Artist, chart: Chart) -> Any:
+    try:
+        return _markup(artist.svg(chart))
+    except Exception as error:  # its figures and names come from the subject; the rest of the page is worth having
+        return f"This picture could not be drawn ({type(error).__name__}: {error}); the JSON holds its figures."
 
 
 def _without_name(text: str, name: str) -> str:

@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> int:
             return 130
         finally:
             if journal:
-                journal.close(remove=False)
+                journal.close()
     rows.sort(key=lambda row: row.type)
     sums = totals(rows, time.monotonic() - started, cores(), args.jobs)
     notes = [*said, *(idle_entries(rows, known, server.types) if not args.types else [])]

@@ -50,10 +50,8 @@ class Journal:
         self._file.write(_line(_entry(row)))
         self._file.flush()
 
-    def close(self, *, remove: bool) -> None:
+    def close(self) -> None:
         self._file.close()
-        if remove:
-            self.path.unlink()
 
 
 def _entry(row: Row) -> dict[str, Any]:

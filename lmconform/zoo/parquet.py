@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmconform.options import OptionError
 from lmconform.zoo.rows import Row
+
+if TYPE_CHECKING:
+    import pyarrow
 
 NESTED = ("messages", "repro", "counts", "timings")  # keys differ from row to row: kept as JSON text
 
@@ -26,6 +30,19 @@ def writable(path: Path) -> None:
         raise OptionError(f"--parquet {path}: cannot write into {path.parent}")
 
 
+def schema() -> pyarrow.Schema:
+    """The columns, the same for every run, so that files of many runs can be read as one."""
+    import pyarrow
+
+    kinds = {
+        "str": pyarrow.string(), "bool": pyarrow.bool_(), "float": pyarrow.float64(),
+        "float | None": pyarrow.float64(), "list[str]": pyarrow.list_(pyarrow.string()),
+    }  # fmt: skip
+    return pyarrow.schema(
+        (field.name, pyarrow.string() if field.name in NESTED else kinds[str(field.type)]) for field in fields(Row)
+    )
+
+
 def write_parquet(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
     """One record a type, whole or not at all; what the run depended on stands in the file's metadata as `lmconform`."""
     import pyarrow
@@ -34,7 +51,7 @@ def write_parquet(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
     records = [
         {name: json.dumps(value) if name in NESTED else value for name, value in row.to_dict().items()} for row in rows
     ]
-    table = pyarrow.Table.from_pylist(records)
+    table = pyarrow.Table.from_pylist(records, schema=schema())
     table = table.replace_schema_metadata({"lmconform": json.dumps(run)})
     part = path.with_name(path.name + ".part")
     parquet.write_table(table, part)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,9 @@ class Worker:
             events = list(self.server.run([type], settings, limits))
         except Refused as error:
             return {"refused": str(error)}
+        except ServerError as error:  # of no use any more: Ray starts another worker, and asks that one
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
         row: dict[str, Any] = events[-1]["row"]
         return row
 
@@ -69,6 +73,9 @@ class RayEngine:
         return self
 
     def _start(self) -> None:
+        there = int(self.ray.cluster_resources().get("CPU", 0))
+        if self.jobs > there:
+            raise OptionError(f"--jobs {self.jobs}: the Ray cluster has {there} CPUs, and a worker takes one")
         remote: Any = self.ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=ATTEMPTS)(Worker)
         self.workers: list[Any] = [remote.remote() for _ in range(self.jobs)]
         try:

@@ -11,16 +11,24 @@ from torch import Tensor, nn
 from models.layers import FeedForward, SelfAttention
 from models.quantum.modeling import FeedForwardAndInterference, Interference, QuantumBlock, QuantumForCausalLM
 
+# what is written out below; every other field of the config is followed
+DEFINED = {
+    "norm": "rms", "norm_placement": "pre", "gated": False, "use_parallel_residual": False, "embedding_norm": False,
+    "is_causal": True, "rope_type": "default",
+}  # fmt: skip
+
 
 def complex_forward(model: QuantumForCausalLM, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Logits [batch, time, vocab] in float64, and the states z after the embedding and each block, complex128.
 
-    input_ids [batch, time], without padding. For pre-norm models with RMSNorm, the default; nothing is fused, cached
-    or left to an attention function. Raises ValueError for another norm.
+    input_ids [batch, time], without padding. For configs that agree with DEFINED, the default; nothing is fused, cached
+    or left to an attention function. Raises ValueError for others.
     """
     config = model.config
-    if (config.norm, config.norm_placement, config.gated, config.use_parallel_residual) != ("rms", "pre", False, False):
-        raise ValueError("the reference is written for pre-norm RMSNorm blocks with a plain feed-forward")
+    rotary = config.rope_parameters or {}
+    fields = {"is_causal": True, **config.to_dict(), "rope_type": rotary.get("rope_type", "default")}
+    if wrong := [f"{name}={fields[name]!r}" for name, value in DEFINED.items() if fields[name] != value]:
+        raise ValueError(f"the reference is written for pre-norm RMSNorm blocks, and does not know {', '.join(wrong)}")
     model = copy.deepcopy(model).double()
     with torch.no_grad():
         amplitude, phase = model.model.embedding(input_ids).chunk(2, dim=-1)

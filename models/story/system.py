@@ -6,12 +6,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig
+from huggingface_hub.errors import StrictDataclassError
 
 from models.story import StoryConfig, StoryForCausalLM
 from models.training import options
 from models.training.errors import UsageError
-from models.training.systems import System, training_options
+from models.training.systems import System, own_config, training_options
 from models.training.words import word_level
 
 if TYPE_CHECKING:
@@ -41,10 +41,13 @@ def build(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> StoryForCausal
         sizes["max_position_embeddings"] = max(args.max_length, sizes["max_position_embeddings"])
         if args.width is not None:
             sizes["hidden_size"] = args.width
-        return StoryForCausalLM(StoryConfig(attention=args.attention, norm_placement=args.norm_placement, **sizes))
-    kind = AutoConfig.from_pretrained(args.model).model_type
-    if kind != "story":
-        raise UsageError(f"--model {args.model}: story starts from a story checkpoint, not from {kind}")
+        try:
+            config = StoryConfig(attention=args.attention, norm_placement=args.norm_placement, **sizes)
+        except StrictDataclassError as error:  # what it wraps says it in one line
+            option = f"--size {args.size}" if args.width is None else f"--width {args.width}"
+            raise UsageError(f"{option}: {error.__cause__ or error}") from error
+        return StoryForCausalLM(config)
+    own_config(args.model, "story")
     found: StoryForCausalLM = StoryForCausalLM.from_pretrained(args.model)
     return found
 
@@ -74,11 +77,21 @@ def compare(args: Namespace) -> dict[str, Any]:
     if len(set(values)) < len(values):
         raise UsageError(f"--values {args.values}: a value stands there twice")
     given = {word.partition("=")[0] for word in args.rest}
-    varied = [word for word in arguments(values[0]) if word.startswith("--")]
-    for option in ("--max-steps", "--epochs", "--resume", "--experiment-name", "--output-dir", *varied):
+    varied = [word for word in arguments(usual.split(",")[0]) if word.startswith("--")]
+    for option in (*OF_ONE_RUN, *varied):
         if option in given:
-            raise UsageError(f"{option} is settled by the comparison (--vary {args.vary}, --tokens): leave it out")
-    arms = {value: training_options(SYSTEM, [*args.rest, *arguments(value)]) for value in values}
+            raise UsageError(f"{option} is settled by the comparison, or has no effect in it: leave it out")
+    training_options(SYSTEM, args.rest)  # what is wrong with these is not said of --values
+    arms: dict[str, Namespace] = {}
+    for value in values:
+        try:
+            made = training_options(SYSTEM, [*args.rest, *arguments(value)])
+        except UsageError as error:
+            first = str(error).splitlines()[0]
+            raise UsageError(f"{value!r} is no value of --values with --vary {args.vary}: {first}") from error
+        if same := next((name for name, arm in arms.items() if vars(arm) == vars(made)), None):
+            raise UsageError(f"--values {args.values}: {same} and {value} are the same arm")
+        arms[value] = made
     found = compare(SYSTEM, arms, seeds=args.seeds, tokens=args.tokens, prompt=args.prompt) | {"varied": args.vary}
     print(table(found))
     return found
@@ -89,10 +102,17 @@ def _option(name: str) -> Callable[[str], list[str]]:
 
 
 def _vocabulary(value: str) -> list[str]:
-    kind, _, size = value.rpartition(":")
+    kind, colon, size = value.rpartition(":")
+    if not colon and not size.isdecimal():
+        raise UsageError(f"a vocabulary is its kind and size, as in {value}:80")
     return ["--tokenizer", kind or "word", "--vocab-size", size]
 
 
+# options of `train` that mean nothing here: how long, where to, and what is looked at on the way
+OF_ONE_RUN = (
+    "--max-steps", "--epochs", "--resume", "--experiment-name", "--output-dir", "--save-steps", "--eval-steps",
+    "--max-new-tokens", "--stop-on-alert", "--sample-every",
+)  # fmt: skip
 # what a comparison may vary: its usual values, and the options of `train` that a value stands for
 VARIED: dict[str, tuple[str, Callable[[str], list[str]]]] = {
     "phase": ("1,2", _option("--phase")),
@@ -110,7 +130,7 @@ SYSTEM = System(
     build=build,
     tokenizer=word_level,
     add_arguments=add_arguments,
-    defaults={"vocab_size": 2000, "max_length": 128, "text_unit": "story"},
+    defaults={"vocab_size": 2000, "max_length": 128},
     recipes={"1": FIRST, "2": SECOND},
     recipe_option="phase",
     add_compare_arguments=add_compare_arguments,

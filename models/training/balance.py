@@ -35,8 +35,9 @@ class BalancedLoss:
 
     As the Trainer's `compute_loss_func`: (outputs, labels, num_items_in_batch) -> scalar; as a recipe's loss:
     `of(logits, labels)`. Sums are divided by the number of labels (of the whole optimizer step where it is given), not
-    by the sum of their weights, so that micro-batches add up. A weight other than 1 moves the frequency of EOS that the
-    model learns.
+    by the sum of their weights: with `eos_weight` alone, micro-batches add up to the loss of the whole. The divergence
+    does not: it is each micro-batch's own, from fewer labels, so a smaller micro-batch is a noisier term. A weight
+    other than 1 moves the frequency of EOS that the model learns.
 
     Raises ValueError for a negative factor, and for an EOS weight without an EOS token.
     """

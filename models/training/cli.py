@@ -13,8 +13,9 @@ from typing import Any
 
 from models.training import options, systems
 from models.training.errors import UsageError
+from models.training.experiment import finite
 
-OK, USAGE, INTERRUPTED = 0, 2, 130
+OK, FINDINGS, USAGE, INTERRUPTED = 0, 1, 2, 130
 DESCRIPTION = "Train, run, compare and diagnose the reference models."
 EPILOG = """\
 examples:
@@ -22,11 +23,12 @@ examples:
   python -m models train adaptive --model ./gpt2 --datasets gsm8k,math --use-lora --lora-r 64 --bf16
   python -m models generate experiments/first/final --prompt "Question: What is 2 + 3?" --max-new-tokens 40
   python -m models compare adaptive --model ./gpt2 --plot parity.png
-  python -m models compare story --vary phase --seeds 3 --datasets stories.txt
+  python -m models compare story --vary phase --seeds 3 --datasets stories.txt --text-unit story
   python -m models sweep story --rates 1e-5:3e-2:8 --text stories.txt
   python -m models diagnose experiments/first/final --profile smoke
 
-exit codes: 0 done; 1 diagnose has findings; 2 wrong usage or data, nothing was written; 130 interrupted.
+exit codes: 0 done; 1 diagnose or compare has findings, or train has diverged; 2 wrong usage or data, nothing was
+written; 130 interrupted.
 """
 
 
@@ -90,10 +92,19 @@ def _train(args: Namespace) -> int:
         systems.register_all()  # a base may be a checkpoint of another system
     results = train(args, system)
     folder = Path(args.output_dir) / args.experiment_name
-    print(f"{system.name}: {results['steps']} steps in {results['seconds']['train']:.1f} s, {_moved(results)}")
+    made, planned = results["steps"], results["planned_steps"]
+    steps = f"{made} steps" if made >= planned else f"stopped by an alert at step {made} of {planned},"
+    print(f"{system.name}: {steps} in {results['seconds']['train']:.1f} s, {_moved(results)}")
     for alert in results["alerts"]:
         print(f"  warning: {alert}")
     print(f"results: {folder / 'results.json'}; model: {folder / 'final'}")
+    if results["diverged"]:
+        print(
+            f"models: the run diverged: a loss or weight at its end is not finite, and {folder / 'final'} is of no "
+            f"use. Lower --learning-rate ({args.learning_rate:g}); {folder / 'monitors.jsonl'} tells where it began",
+            file=sys.stderr,
+        )
+        return FINDINGS
     return OK
 
 
@@ -188,13 +199,24 @@ def _add_compare(commands: Any, named: str | None) -> None:
 def _compare(args: Namespace) -> int:
     system = systems.get(args.system)
     assert system.compare is not None
-    if args.json and Path(args.json).exists():
-        raise UsageError(f"{args.json} is there already, and nothing is overwritten")
+    if args.json:
+        _check_new(Path(args.json))
     systems.register_all()
     figures = system.compare(args)
     if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return OK
+        Path(args.json).write_text(json.dumps(finite(figures), indent=2) + "\n", encoding="utf-8")
+    return OK if figures.get("agrees", True) else FINDINGS
+
+
+def _check_new(file: Path) -> None:
+    """Raises UsageError where the file is there, or could not be written once the figures are."""
+    try:
+        file.open("x").close()
+    except FileExistsError:
+        raise UsageError(f"{file} is there already, and nothing is overwritten") from None
+    except OSError as error:
+        raise UsageError(f"--json {file} cannot be written: {error.strerror or error}") from error
+    file.unlink()
 
 
 def _add_diagnose(commands: Any) -> None:
@@ -241,7 +263,17 @@ def _described(subject: str) -> str | None:
 def _sweep(args: Namespace) -> int:
     from lmconform.cli import main as lmconform
 
-    return lmconform(["sweep", *_spec(args), *args.rest])
+    return lmconform(["sweep", *_spec(args), *_found_text(args.rest)])
+
+
+def _found_text(rest: Sequence[str]) -> list[str]:
+    """The options of a sweep, --text looked up as --datasets is: as it stands, or in LMCONFORM_DATA."""
+    from models.training.data import local
+
+    parser = options.Parser(prog="python -m models sweep", add_help=False, allow_abbrev=False)
+    parser.add_argument("--text", metavar="FILE")
+    known, others = parser.parse_known_args(rest)
+    return others if known.text is None else [*others, "--text", str(local(known.text) or known.text)]
 
 
 def _spec(args: Namespace) -> list[str]:
@@ -249,6 +281,10 @@ def _spec(args: Namespace) -> list[str]:
     if args.subject in systems.names() and not os.path.isdir(args.subject):
         return [systems.get(args.subject).spec]
     if os.path.isdir(args.subject):
+        from models.training.run import check_base
+
+        systems.register_all()
+        check_base(args.subject, "CHECKPOINT")
         return [args.subject, "--import", "models.training.checkpoints"]
     raise UsageError(
         f"{args.subject} is no directory and no system; there are the systems {', '.join(systems.names())}"

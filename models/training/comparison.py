@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.training.data import Example, PadRight, data_hash, encode, hold_out, load_examples
+from models.training.data import IGNORED, Example, PadRight, data_hash, encode, hold_out, load_examples
 from models.training.errors import UsageError
 from models.training.evaluation import generate
 from models.training.experiment import versions
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = list[dict[str, list[int]]]
-IGNORED = -100
 FIGURES = ("loss", "accuracy", "prefix_accuracy", "leak", "nats_per_character")
-PREFIXES = 8  # places of a validation row at which the answer is also asked for from the tokens before alone
+PREFIXES = 8  # at most so many places of a row are asked again, from the tokens before alone
 # what has to be alike in all arms for their figures to mean the same
 SAME = (
     "datasets", "text_unit", "max_length", "train_samples", "eval_samples", "too_long", "seed", "model", "fp16",
     "bf16", "gradient_checkpointing", "use_lora",
 )  # fmt: skip
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees
 
 
@@ -50,9 +50,9 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) 
 class Scores:
     """On the validation rows.
 
-    `loss`: nats a token. `accuracy`: share of tokens. `prefix_accuracy`: at PREFIXES places of each row, given nothing
-    but the tokens before, as in generation; `leak`: how much better the answers at these places are with the whole row
-    in view, which for a causal model is 0. `nats_per_character` counts an unknown word as one of the training texts'
+    `loss`: nats a token. `accuracy`: share of tokens. `prefix_accuracy`: at up to PREFIXES places of each row, given
+    nothing but the tokens before, as in generation; `leak`: how much better the answers at these places are with the
+    whole row in view, which for a causal model is 0. `nats_per_character` counts an unknown word as one of all texts'
     unknown words by chance (Ueberla 1994), which makes vocabularies comparable.
     """
 
@@ -65,7 +65,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Text:
-    """The texts as one tokenizer gives them: packed blocks, all of `max_length` tokens for training."""
+    """The texts as one tokenizer gives them: packed blocks, all of `max_length` tokens for training.
+
+    `unknown_kinds`: different words of training and validation texts that the vocabulary lacks; `unknown`: how often
+    one is to be predicted in validation.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: Rows
@@ -79,8 +83,8 @@ def compare(system: System, arms: Mapping[str, Namespace], *, seeds: int, tokens
     """Train every arm with seeds args.seed, args.seed + 1, ...; figures by arm, and their differences to the first.
 
     `arms`: complete options of `train`, by name. `tokens`: how many each reads in training. `prompt`: what each goes on
-    with at the end. Raises UsageError for what would be unfair: arms that read other texts or other seeds, budgets that
-    are no whole number of steps, fewer than two seeds.
+    with at the end. Raises UsageError, before anything is trained, for what would be unfair (arms that read other texts
+    or other seeds, budgets that are no whole number of steps, fewer than two seeds) or cannot be built.
     """
     from transformers import set_seed
 
@@ -96,6 +100,7 @@ def compare(system: System, arms: Mapping[str, Namespace], *, seeds: int, tokens
         kind = (args.tokenizer, args.vocab_size)
         if kind not in texts:
             texts[kind] = encoded(args, system, train_rows, validation_rows, group)
+        system.build(args, texts[kind].tokenizer)  # what does not fit is said before an hour of the other arms
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for seed in range(first.seed, first.seed + seeds):
         starts: dict[tuple[Any, ...], str] = {}
@@ -152,7 +157,11 @@ def refuse_unfair(arms: Mapping[str, Namespace], seeds: int, tokens: int) -> Non
 
 
 def split_texts(args: Namespace) -> tuple[list[Example], list[Example], int]:
-    """One split for all; training texts that are validation texts, too, are left out and counted."""
+    """One split for all; training texts that are validation texts, too, are left out and counted.
+
+    Texts are the same when their normal forms are: case or a mark does not make a held-out text a new one. Raises
+    UsageError for rows with a prompt.
+    """
     shared = {"seed": args.seed, "unit": args.text_unit}
     train = load_examples(args.datasets, "train", limit=args.train_samples, **shared)
     validation = load_examples(args.datasets, "test", limit=args.eval_samples, **shared)
@@ -160,20 +169,25 @@ def split_texts(args: Namespace) -> tuple[list[Example], list[Example], int]:
         train, validation = hold_out(train, args.eval_samples)
     if not validation:
         raise UsageError("there is no validation text: raise --eval-samples, or give more than one text")
-    held = {(row.prompt, row.completion) for row in validation}
-    kept = [row for row in train if (row.prompt, row.completion) not in held]
+    for row in (*train, *validation):
+        if row.prompt:
+            raise UsageError(f"compare takes plain texts, and this row has a prompt: {row.origin}")
+    held = {normal_form(row.completion) for row in validation}
+    kept = [row for row in train if normal_form(row.completion) not in held]
+    if not kept:
+        raise UsageError("every training text is a validation text, too: nothing is left to train on")
     return kept, validation, len(train) - len(kept)
 
 
 def _normal(rows: list[Example]) -> list[Example]:
-    return [replace(row, prompt=normal_form(row.prompt), completion=normal_form(row.completion)) for row in rows]
+    return [replace(row, completion=normal_form(row.completion)) for row in rows]
 
 
 def encoded(
     args: Namespace, system: System, train_rows: list[Example], validation_rows: list[Example], group: int
 ) -> Text:
     """The texts in the tokens of one arm; as many blocks as `group` divides."""
-    words = [row.prompt + row.completion for row in train_rows]
+    words = [row.completion for row in train_rows]
     tokenizer = tokenizer_kind(args.tokenizer, system)(words, args.vocab_size)
     train, _ = encode(train_rows, tokenizer, args.max_length, drop_long=args.too_long == "drop")
     validation, _ = encode(validation_rows, tokenizer, args.max_length, drop_long=args.too_long == "drop")
@@ -185,10 +199,11 @@ def encoded(
             f"{group}"
         )
     unknown = sum(row["labels"][1:].count(tokenizer.unk_token_id) for row in validation)
-    kinds = {piece for text in words for piece in _pieces(tokenizer, text)} - tokenizer.get_vocab().keys()
+    every = (row.completion for row in (*train_rows, *validation_rows))
+    kinds = {piece for text in every for piece in _pieces(tokenizer, text)} - tokenizer.get_vocab().keys()
     return Text(
-        tokenizer, blocks[:whole], validation, unknown_kinds=len(kinds) if unknown else 0, unknown=unknown,
-        characters=sum(len(row.prompt + row.completion) for row in validation_rows),
+        tokenizer, blocks[:whole], validation, unknown_kinds=len(kinds), unknown=unknown,
+        characters=sum(len(row.completion) for row in validation_rows),
     )  # fmt: skip
 
 
@@ -226,17 +241,15 @@ def _run(
         raise RuntimeError(f"the arm read {seen} tokens instead of {tokens}")
     model.eval()
     scores = score(model, text, args.batch_size)
-    set_seed(seed)
-    said = {
-        "greedy": generate(model, text.tokenizer, [prompt], max_new_tokens=60, do_sample=False)[0],
-        "sampled": generate(
-            model, text.tokenizer, [prompt], max_new_tokens=60, do_sample=True, temperature=0.8, top_k=50, top_p=0.95
-        )[0],
-    }
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    said = {}
+    if math.isfinite(scores.loss):  # of an arm that diverged nothing can be drawn
+        set_seed(seed)
+        ways = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, **SAMPLING}}
+        said = {
+            way: generate(model, text.tokenizer, [prompt], max_new_tokens=60, **how)[0] for way, how in ways.items()
+        }
     return {
-        "seed": seed, **asdict(scores), "steps": steps, "train_loss": losses[-1] if losses else None,
-        "seconds": seconds, "tokens_per_second": tokens / seconds, "written": said,
+        "seed": seed, **asdict(scores), "steps": steps, "seconds": seconds, "written": said,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }  # fmt: skip
 
@@ -259,7 +272,7 @@ def score(model: Any, text: Text, batch_size: int) -> Scores:
             hits = logits.argmax(-1) == target
             right += int(hits[held].sum())
             counted += int(held.sum())
-            for end in range(1, ids.shape[1], max(1, ids.shape[1] // PREFIXES)):
+            for end in range(1, ids.shape[1], max(1, math.ceil((ids.shape[1] - 1) / PREFIXES))):
                 here = held[:, end - 1]
                 if not here.any():
                     continue
@@ -301,7 +314,12 @@ def _paired(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean and its 95 % confidence interval (Student's t) over independent runs: mean, low, high."""
+    """Mean and its 95 % confidence interval (Student's t) over independent runs: mean, low, high.
+
+    All three are nan where a run has diverged.
+    """
+    if not all(map(math.isfinite, values)):
+        return dict.fromkeys(("mean", "low", "high"), math.nan)
     mean = statistics.fmean(values)
     half = student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return {"mean": mean, "low": mean - half, "high": mean + half}
@@ -335,7 +353,7 @@ def table(found: Mapping[str, Any]) -> str:
     for name, arm in found["arms"].items():
         lines.append(
             f"{name:>16} {arm['parameters']:>11,} {arm['epochs']:>7.2f} {_shown(arm['loss'], 3):>24} "
-            f"{_shown(arm['accuracy'], 1, 100):>24} {100 * arm['prefix_accuracy']['mean']:>11.1f}% "
+            f"{_shown(within(arm['accuracy']), 1, 100):>24} {100 * arm['prefix_accuracy']['mean']:>11.1f}% "
             f"{arm['nats_per_character']['mean']:>10.3f}"
         )
     base = next(iter(found["arms"]))
@@ -349,12 +367,20 @@ def table(found: Mapping[str, Any]) -> str:
         if arm["leak"]["mean"] > 0.01:
             lines.append(
                 f"{name} sees what it is asked for: from the tokens before alone, as in generation, it is right in "
-                f"{arm['prefix_accuracy']['mean']:.1%} instead of {arm['accuracy']['mean']:.1%}"
+                f"{arm['prefix_accuracy']['mean']:.1%}, and at the same places with the text in view in "
+                f"{arm['prefix_accuracy']['mean'] + arm['leak']['mean']:.1%}"
             )
+        if lost := [str(run["seed"]) for run in arm["runs"] if not math.isfinite(run["loss"])]:
+            lines.append(f"{name} diverged with seed {', '.join(lost)}: its loss is not finite, and has no mean")
     kinds = {arm["vocabulary"] for arm in found["arms"].values()}
     if len(kinds) > 1:
         lines.append("vocabularies differ: compare nats per character; loss and accuracy count other tokens")
     return "\n".join(lines)
+
+
+def within(share: Mapping[str, float]) -> dict[str, float]:
+    """The interval of a share, for reading: what lies below 0 or above 1 is cut off."""
+    return {name: min(1.0, max(0.0, value)) if math.isfinite(value) else value for name, value in share.items()}
 
 
 def _shown(value: Mapping[str, float], digits: int, scale: float = 1) -> str:

@@ -87,7 +87,7 @@ class Experiment:
         """A JSON file, written whole and then moved into place. Numbers that are not finite become strings."""
         target = self.folder / name
         beside = target.with_name(target.name + ".part")
-        beside.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(finite(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         beside.replace(target)
         return target
 
@@ -108,11 +108,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """For JSON, which has no such numbers: those that are not finite become strings."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer
 
-IGNORED = -100
+from models.training.data import IGNORED
 
 
 def smoothed(epsilon: float) -> Callable[..., Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -73,6 +74,7 @@ def train(args: Namespace, system: System) -> dict[str, Any]:
     started = time.perf_counter()
     before = None
     if args.resume:
+        _refuse_finished(args, experiment)
         before = _earlier(experiment)
     else:
         loss_before = trainer.evaluate()["eval_loss"] if eval_set else None
@@ -114,6 +116,8 @@ def train(args: Namespace, system: System) -> dict[str, Any]:
             "trained": trained,
         },
         "steps": trainer.state.global_step,
+        "planned_steps": trainer.state.max_steps,
+        "diverged": _diverged(final, [loss_after, *[entry["loss"] for entry in log if "loss" in entry][-1:]]),
         "loss_curve": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
         "eval_curve": [[entry["step"], entry["eval_loss"]] for entry in log if "eval_loss" in entry],
         "before": before,
@@ -127,6 +131,12 @@ def train(args: Namespace, system: System) -> dict[str, Any]:
         tokenizer.save_pretrained(experiment.folder / "final")
         experiment.write("results.json", results)
     return results
+
+
+def _diverged(model: PreTrainedModel, losses: Sequence[float | None]) -> bool:
+    """Whether a loss or a weight at the end is not finite."""
+    finite = all(loss is None or math.isfinite(loss) for loss in losses)
+    return not (finite and all(bool(weight.isfinite().all()) for weight in model.parameters()))
 
 
 def _tokenizer(args: Namespace, system: System, experiment: Experiment, texts: list[str]) -> PreTrainedTokenizerBase:
@@ -163,8 +173,14 @@ def check_base(base: str, option: str) -> None:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{option} {base}: no checkpoint of a known kind there, and none on the hub ({first})"
+            f"{option} {base}: no checkpoint of a known kind there, and none on the hub ({first}){_meant(base)}"
         ) from error
+
+
+def _meant(base: str) -> str:
+    """An experiment's folder holds its model in final/."""
+    final = Path(base) / "final"
+    return f"; did you mean {final}?" if (final / "config.json").is_file() else ""
 
 
 def _context(model: Any) -> int | None:
@@ -300,6 +316,19 @@ def training_arguments(args: Namespace, folder: Path, *, steps: int, evaluates: 
 
 def _as_json(matched: ExactMatch | None) -> dict[str, Any] | None:
     return None if matched is None else vars(matched)
+
+
+def _refuse_finished(args: Namespace, experiment: Experiment) -> None:
+    """Raises UsageError where all steps are done and the model is written: the Trainer would add one more."""
+    from transformers import TrainerState
+
+    checkpoint = experiment.last_checkpoint()
+    if checkpoint is None or not (experiment.folder / "final").is_dir():
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    planned = args.max_steps or state.max_steps
+    if state.global_step >= planned:
+        raise UsageError(f"{experiment.folder} is finished: {state.global_step} of {planned} steps; nothing to resume")
 
 
 def _earlier(experiment: Experiment) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from models.training.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 Loss = Callable[..., "Tensor"]
 
@@ -115,17 +115,17 @@ def get(name: str) -> System:
 
 def add_training(parser: ArgumentParser, system: System, arguments: Sequence[str]) -> None:
     """The options of `train SYSTEM`; defaults are the system's and those of the recipe that `arguments` choose."""
-    options.add_shared(parser)
-    system.add_arguments(parser)
-    parser.set_defaults(**system.defaults)
+    defaults = dict(system.defaults)
     if system.recipes:
         names = tuple(system.recipes)
-        for one in (chooser := options.Parser(add_help=False, allow_abbrev=False), parser):
+        for one in (chooser := options.Parser(prog=parser.prog, add_help=False, allow_abbrev=False), parser):
             one.add_argument(
                 f"--{system.recipe_option}", choices=names, default=names[0], help=f"recipe (default {names[0]})"
             )
-        chosen = getattr(chooser.parse_known_args(arguments)[0], system.recipe_option)
-        parser.set_defaults(**system.recipes[chosen])
+        defaults |= system.recipes[getattr(chooser.parse_known_args(arguments)[0], system.recipe_option)]
+    options.add_shared(parser, defaults.get("learning_rate"))
+    system.add_arguments(parser)
+    parser.set_defaults(**defaults)
 
 
 def training_options(system: System, arguments: Sequence[str]) -> Namespace:
@@ -136,6 +136,16 @@ def training_options(system: System, arguments: Sequence[str]) -> Namespace:
     args.system = system.name
     options.validate(args)
     return args
+
+
+def own_config(base: str, kind: str) -> PretrainedConfig:
+    """The configuration of `--model base`, a checkpoint of the system `kind`. Raises UsageError for any other."""
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(base)
+    if found.model_type != kind:
+        raise UsageError(f"--model {base}: {kind} starts from its own checkpoints, not from {found.model_type}")
+    return found
 
 
 def register_all() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from models.training.errors import UsageError
@@ -46,6 +47,7 @@ def word_level(
     return _wrapped(made)
 
 
+@cache
 def _word_pipeline(*, lowercase: bool, marks: str) -> tuple[Any, Any, Any]:
     """Normaliser, pre-tokenizer and decoder of words and these marks."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
@@ -58,7 +60,7 @@ def _word_pipeline(*, lowercase: bool, marks: str) -> tuple[Any, Any, Any]:
     ]
     piece = Regex(rf"[{LETTERS}]+" + (f"|[{kept}]" if kept else ""))
     return (
-        normalizers.Sequence([*steps, normalizers.Lowercase()] if lowercase else steps),
+        normalizers.Sequence([*steps, normalizers.Lowercase(), normalizers.NFC()] if lowercase else steps),
         pre_tokenizers.Split(piece, behavior="removed", invert=True),
         decoders.Sequence(
             [

@@ -120,6 +120,12 @@ def test_a_cell_in_which_a_side_raises_is_named(file: str, capsys: Any) -> None:
     assert "backward: not timed, Breaks: RuntimeError: no gradients here" in capsys.readouterr().out
 
 
+def test_a_subject_that_raises_does_not_pass_the_gate(file: str, capsys: Any) -> None:
+    given = (f"{file}:Breaks", "--against", f"{file}:Quick", "--cells", "forward,backward", "--max-ratio", "1000")
+    assert bench(*given, *LIGHT) == 1
+    assert "backward: not timed, Breaks: RuntimeError: no gradients here" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("role", ["subject", "peer"])
 def test_a_side_that_cannot_be_had(file: str, capsys: Any, role: str) -> None:
     good, gone = f"{file}:Quick", f"{file}:Quack"

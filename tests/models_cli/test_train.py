@@ -102,6 +102,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(shelf: Path, tmp_path: Path,
     states = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("whole", "cut")]
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=0)
+    assert main([*command, "--experiment-name", "cut", "--resume"]) == 2  # finished: no step more
+    assert json.loads((tmp_path / "cut" / "results.json").read_text()) == cut
 
 
 def test_lora_on_a_base_with_checkpointing_in_half_precision(trained: Path, shelf: Path, tmp_path: Path) -> None:

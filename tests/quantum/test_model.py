@@ -159,6 +159,21 @@ class TestConfig:
         assert 1_000_000 < count["small"] < count["report"] < 5_000_000
 
 
-def test_the_reference_refuses_what_it_does_not_define() -> None:
-    with pytest.raises(ValueError, match="RMSNorm"):
-        complex_forward(QuantumForCausalLM(QuantumConfig(norm="layer", **SIZES["tiny"])), torch.tensor([[5]]))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm": "layer"},
+        {"norm_placement": "post"},
+        {"gated": True},
+        {"use_parallel_residual": True},
+        {"embedding_norm": True},
+        {"is_causal": False},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_the_reference_refuses_what_it_does_not_define(fields: dict[str, Any]) -> None:
+    made = QuantumForCausalLM(QuantumConfig(**SIZES["tiny"], **fields))
+    name = "rope_type" if "rope_parameters" in fields else next(iter(fields))
+    with pytest.raises(ValueError, match=f"does not know {name}="):
+        complex_forward(made, torch.tensor([[5]]))

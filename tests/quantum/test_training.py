@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fixtures.tokenizers import sentences
 from lmconform.monitors import generated
 from lmconform.monitors.samples import sample_figures
-from models.quantum import QuantumForCausalLM
+from models.quantum import QuantumForCausalLM, reference
+from models.quantum.reference import norm
+from models.quantum.system import tiny
 from models.training.cli import main
 from models.training.data import encode, hold_out, load_examples
 
@@ -93,9 +95,27 @@ def test_compare_with_the_complex_definition(more: list[str], tmp_path: Path) ->
     file = tmp_path / "figures.json"
     assert main(["compare", "quantum", *more, "--json", str(file)]) == 0
     figures: dict[str, Any] = json.loads(file.read_text())
-    assert figures["logits"]["float64"] < 1e-12
-    assert 0 < figures["logits"]["float32"] < 1e-4
-    assert all(layer["float64"] < 1e-12 for layer in figures["layers"])
+    assert figures["agrees"]
+    for place in (*figures["layers"], figures["logits"]):
+        assert place["float64"] < place["allowed"] < 1e-12
+        assert 0 < place["float32"] < 1e-4
+
+
+def test_compare_fails_where_the_definition_is_another(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """By one part in a billion: far below what float32 can tell."""
+
+    def nearly(module: Any, z: torch.Tensor) -> torch.Tensor:
+        return norm(module, z) * (1 + 1e-9)
+
+    monkeypatch.setattr(reference, "norm", nearly)
+    assert main(["compare", "quantum"]) == 1
+    assert "differs by more than rounding" in capsys.readouterr().out
+
+
+def test_compare_takes_a_checkpoint_in_float64(tmp_path: Path, capsys: Any) -> None:
+    torch.manual_seed(0)
+    tiny().double().save_pretrained(tmp_path)
+    assert main(["compare", "quantum", "--model", str(tmp_path)]) == 0
 
 
 def test_diagnose(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:

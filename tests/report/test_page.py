@@ -13,7 +13,7 @@ import pytest
 
 import lmconform
 from lmconform.cli import main
-from lmconform.report import html
+from lmconform.report import drawing, html
 from lmconform.report.html import render, render_zoo, tell
 from lmconform.results import Report, Status, as_json
 from tests.report.by_hand import ERROR, made, of_every_status, result, zoo_data
@@ -96,6 +96,19 @@ def test_on_a_page_of_many_subjects_only_findings_are_drawn() -> None:
     many = render([*few, made(red)])
     assert many.count("<svg") == 1
     assert "charts of green checks are left out" in many
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_page_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(axes: Any, chart: Any) -> None:
+        if chart.title == ERROR.title:
+            raise OverflowError("<b>too large")
+        there(axes, chart)
+
+    there = drawing._draw_curves
+    monkeypatch.setattr(drawing, "_draw_curves", broken)
+    page = render([of_every_status()])
+    assert page.count("<svg") == 2  # the map and the rates
+    assert "could not be drawn (OverflowError: &lt;b&gt;too large); the JSON holds its figures" in page
 
 
 def test_zoo_tells_each_type_once_red_first() -> None:

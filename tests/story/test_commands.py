@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,77 @@ def test_sizes(size: str) -> None:
     assert {"tiny": count < 100_000, "small": 1e6 < count < 5e6, "report": round(count / 1e6, 2) == 4.18}[size]
 
 
-@pytest.mark.parametrize("fields", [{"attention": "both"}, {"norm_placement": "middle"}, {"num_attention_heads": 5}])
-def test_sizes_that_do_not_fit_are_refused(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"attention": "both"}, """attention is "causal" or "bidirectional", not 'both'"""),
+        ({"norm_placement": "middle"}, """norm_placement is "pre" or "post", not 'middle'"""),
+        ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of 5 heads"),
+    ],
+    ids=["attention", "norm", "heads"],
+)
+def test_sizes_that_do_not_fit_are_refused(fields: dict[str, Any], says: str) -> None:
+    from huggingface_hub.errors import StrictDataclassError
+
     from models.story.system import tiny
 
-    with pytest.raises(Exception, match="is"):
+    with pytest.raises(StrictDataclassError, match=re.escape(says)):
         tiny(**fields)
+
+
+def test_a_width_that_does_not_fit_is_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    given = ["--datasets", str(folder / "stories.txt"), "--output-dir", str(tmp_path / "out"), *QUICK, "--width", "30"]
+    assert main(["train", "story", *given]) == 2
+    assert "--width 30: hidden_size 30 is no multiple of 4 heads" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["to the end", "stopped"])
+def test_a_run_that_diverges_says_so(stop: bool, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    given = ["--datasets", str(folder / "stories.txt"), "--output-dir", str(tmp_path), *QUICK, "--logging-steps", "1"]
+    wild = ["--max-steps", "12", "--learning-rate", "1e30", "--max-grad-norm", "0", "--warmup-steps", "0"]
+    assert main(["train", "story", *given, *wild, *(["--stop-on-alert"] if stop else [])]) == 1
+    shown = capsys.readouterr()
+    assert "the run diverged" in shown.err
+    assert ("stopped by an alert at step" in shown.out) == stop
+    found = json.loads((tmp_path / "story" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert found["diverged"]
+    assert (found["steps"] < found["planned_steps"]) == stop
+
+
+def test_help_shows_the_defaults_that_hold(capsys: Any) -> None:
+    assert main(["train", "story", "--phase", "2", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    args = training_options(SYSTEM, ["--datasets", "none", "--phase", "2"])
+    assert f"peak rate (default {args.learning_rate:g})" in shown
+    assert f"tokens of an example (default {args.max_length})" in shown
+    assert "--text-unit {line,story} what is one text in a .txt file: a line, or a story" in shown
+    assert f"paragraphs (default {args.text_unit})" in shown
+    assert f"micro-batches of an optimizer step (default {args.accumulation})" in shown
+
+
+@pytest.mark.parametrize("command", ["diagnose", "sweep"])
+def test_a_folder_that_is_no_checkpoint(command: str, folder: Path, capsys: Any) -> None:
+    assert main([command, str(folder)]) == 2
+    assert "no checkpoint of a known kind" in (said := capsys.readouterr().err)
+    assert "did you mean" not in said
+    assert main([command, str(folder / "experiments" / "story")]) == 2
+    assert f"did you mean {folder / 'experiments' / 'story' / 'final'}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--text", "tales.txt"], ["--text=tales.txt"]], ids=["apart", "joined"])
+def test_a_sweep_finds_its_text_as_the_other_commands_do(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lmconform.cli
+
+    passed: list[list[str]] = []
+    monkeypatch.setattr(lmconform.cli, "main", lambda arguments: passed.append(arguments) or 0)
+    monkeypatch.setenv("LMCONFORM_DATA", str(tmp_path))
+    (tmp_path / "tales.txt").write_text("One.\n")
+    assert main(["sweep", "story", "--rates", "1e-3,1e-2", *given]) == 0
+    assert passed[0][-2:] == ["--text", str(tmp_path / "tales.txt")]
+    assert {"--rates", "1e-3,1e-2"} <= set(passed[0])
 
 
 def test_a_tokenizer_beside_a_base_is_refused(folder: Path, capsys: Any) -> None:

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
 import math
 import random
 from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fixtures.datasets import word_problems, write
 from fixtures.subjects.story import stories
 from models.story.system import SYSTEM, VARIED, tiny
+from models.training import comparison
 from models.training.cli import main
-from models.training.comparison import Text, compare, interval, score, student_t, table
+from models.training.comparison import (
+    Text,
+    compare,
+    encoded,
+    interval,
+    score,
+    split_texts,
+    student_t,
+    table,
+    within,
+)
+from models.training.data import Example, PadRight
 from models.training.errors import UsageError
 from models.training.systems import training_options
-from models.training.words import word_level
+from models.training.words import normal_form, word_level
 
 pytestmark = pytest.mark.story
 
@@ -82,13 +100,103 @@ class TestArms:
         assert f"{found['arms']['2']['loss']['mean']:.3f}" in shown
 
 
-def test_a_text_that_is_held_out_is_not_trained_on(file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [str, str.upper, lambda text: text.replace(" ", "  ")], ids=["same", "case", "space"])
+def test_a_text_that_is_held_out_is_not_trained_on(again: Callable[[str], str], file: Path, tmp_path: Path) -> None:
     twice = tmp_path / "twice.txt"
-    twice.write_text(file.read_text() + "\n" + file.read_text())
-    args = training_options(SYSTEM, ["--datasets", str(twice), *SMALL])
+    twice.write_text(file.read_text() + "\n" + again(file.read_text()))
+    train, validation, left_out = split_texts(training_options(SYSTEM, ["--datasets", str(twice), *SMALL]))
+    assert left_out >= 6  # most of the eight have their twin among the others
+    assert not {normal_form(row.completion) for row in train} & {normal_form(row.completion) for row in validation}
+
+
+def test_rows_with_a_prompt_are_refused(tmp_path: Path, capsys: Any) -> None:
+    place = write(tmp_path / "questions", word_problems(20))
+    assert main(["compare", "story", *command(place)]) == 2
+    assert "compare takes plain texts, and this row has a prompt" in capsys.readouterr().err
+
+
+def test_equal_arms_are_equal_runs(file: Path) -> None:
+    args = training_options(SYSTEM, ["--datasets", str(file), *SMALL])
     made = compare(SYSTEM, {"a": args, "b": Namespace(**vars(args))}, seeds=2, tokens=STEP, prompt="once")
-    assert made["data"]["left_out"] >= 6  # most of the eight have their twin among the others
-    assert made["differences"]["b"]["loss"] == {"mean": 0, "low": 0, "high": 0}  # equal arms, equal runs
+    assert made["differences"]["b"]["loss"] == {"mean": 0, "low": 0, "high": 0}
+
+
+@pytest.mark.parametrize(
+    ("option", "values"), [("--phase", "12"), ("--width", ("16", "32")), ("--norm-placement", ("pre", "post"))]
+)
+def test_all_arms_of_a_seed_read_the_same_batches_in_the_same_order(
+    option: str, values: Sequence[str], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an arm draws for its weights and dropout, and into however many steps it parts the batches."""
+    read: list[list[list[list[int]]]] = []
+
+    class Recording(PadRight):
+        def __init__(self, pad_token_id: int) -> None:
+            super().__init__(pad_token_id)
+            read.append([])
+            self.batches = read[-1]
+
+        def __call__(self, examples: Any) -> Any:
+            self.batches.append([list(example["input_ids"]) for example in examples])
+            return super().__call__(examples)
+
+    monkeypatch.setattr(comparison, "PadRight", Recording)
+    # two epochs and more, so that the order is drawn again
+    given = ["--datasets", str(file), *SMALL, "--train-samples", "16"]
+    arms = {value: training_options(SYSTEM, [*given, option, value]) for value in values}
+    found = compare(SYSTEM, arms, seeds=2, tokens=24 * STEP, prompt="once")
+    assert found["arms"][values[0]]["epochs"] > 2
+    # every second is score's, of the validation rows; the loader reads one batch ahead, which is not trained on
+    one, other, next_one, next_other = (batches[:24] for batches in read[::2])
+    assert len(one) == 24
+    assert one == other
+    assert next_one == next_other
+    assert one != next_one
+
+
+@pytest.fixture(scope="module")
+def lost(file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """An arm that learns and one that diverges: what was printed, and the figures."""
+    figures = tmp_path_factory.mktemp("lost") / "rates.json"
+    shown = io.StringIO()
+    rates = ["--vary", "rate", "--values", "1e-3,1e30", "--max-grad-norm", "0", "--json", str(figures)]
+    with contextlib.redirect_stdout(shown):
+        assert main(["compare", "story", *command(file), *rates]) == 0
+    return shown.getvalue(), json.loads(figures.read_text(), parse_constant=pytest.fail)
+
+
+class TestAnArmThatDiverges:
+    def test_leaves_the_others_their_figures(self, lost: tuple[str, dict[str, Any]]) -> None:
+        arms = lost[1]["arms"]
+        assert math.isfinite(arms["1e-3"]["loss"]["mean"])
+        assert set(arms["1e-3"]["runs"][0]["written"]) == {"greedy", "sampled"}
+
+    def test_has_no_mean_and_writes_nothing(self, lost: tuple[str, dict[str, Any]]) -> None:
+        arm = lost[1]["arms"]["1e30"]
+        assert arm["loss"] == {"mean": "nan", "low": "nan", "high": "nan"}
+        assert arm["runs"][0]["written"] == {}
+
+    def test_is_named(self, lost: tuple[str, dict[str, Any]]) -> None:
+        assert "1e30 diverged with seed 0, 1" in lost[0]
+
+
+def test_an_arm_that_cannot_be_built_is_told_before_any_is_trained(
+    file: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "_run", lambda *_: pytest.fail("an arm was trained"))
+    assert main(["compare", "story", *command(file), "--vary", "size", "--values", "32,30"]) == 2
+    assert "--width 30: hidden_size 30 is no multiple of 4 heads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["nowhere/figures.json", "figures.json"])
+def test_figures_that_cannot_be_written_are_told_before_any_arm_is_trained(
+    place: str, file: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "_run", lambda *_: pytest.fail("an arm was trained"))
+    (tmp_path / "figures.json").mkdir()
+    assert main(["compare", "story", *command(file), "--json", str(tmp_path / place)]) == 2
+    assert place in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_explicit_options_win_over_the_recipe(file: Path) -> None:
@@ -130,6 +238,34 @@ class TestScores:
         expected = (sum(losses) + text.unknown * math.log(5)) / text.characters
         assert found.nats_per_character == pytest.approx(expected, rel=1e-5)
 
+    @pytest.mark.parametrize("size", [9, 60], ids=["of some words", "of every training word"])
+    def test_unknown_words_are_charged_whatever_the_vocabulary_holds(self, size: int) -> None:
+        texts = [Example("", text, None, "") for text in ("a b c d e f a b c d e f", "a quick brown fox")]
+        args = training_options(
+            SYSTEM, ["--datasets", "none", "--vocab-size", str(size), "--max-length", "6", "--batch-size", "1"]
+        )
+        made = encoded(args, SYSTEM, texts[:1], texts[1:], 1)
+        kinds = 3 if size == 60 else 4  # the validation text's three, and the letter that 9 ids have no room for
+        assert (made.unknown, made.unknown_kinds) == (3, kinds)
+        model = tiny(vocab_size=len(made.tokenizer))
+        free = score(model, replace(made, unknown=0), 1).nats_per_character
+        charged = score(model, made, 1).nats_per_character
+        assert charged - free == pytest.approx(3 * math.log(kinds) / len("a quick brown fox"))
+
+    @pytest.mark.parametrize(("length", "places"), [(5, 4), (9, 8), (15, 7), (16, 8), (128, 8)])
+    def test_a_row_is_asked_again_at_eight_places_at_most(self, length: int, places: int, text: Text) -> None:
+        class Counting(torch.nn.Module):
+            device = torch.device("cpu")
+            asked = 0
+
+            def forward(self, input_ids: Any, attention_mask: Any) -> Namespace:
+                self.asked += 1
+                return Namespace(logits=torch.zeros(*input_ids.shape, 20))
+
+        row = {"input_ids": [5] * length, "labels": [5] * length}
+        score(model := Counting(), replace(text, validation=[row]), 1)
+        assert model.asked - 1 == places  # one pass is of the whole row
+
     def test_a_causal_model_has_no_leak(self, text: Text) -> None:
         assert score(tiny(vocab_size=20), text, 5).leak == 0
 
@@ -147,8 +283,19 @@ class TestScores:
         assert found.accuracy == 1
         assert found.leak > 0.9
 
+    def test_what_a_leak_is_worth_is_told_of_the_same_places(self, found: dict[str, Any]) -> None:
+        leaky = copy.deepcopy(found)
+        leaky["arms"]["2"] |= {"prefix_accuracy": {"mean": 0.125}, "leak": {"mean": 0.5}}
+        assert "right in 12.5%, and at the same places with the text in view in 62.5%" in table(leaky)
+
+    def test_no_share_is_shown_beyond_its_bounds(self) -> None:
+        assert within({"mean": 0.98, "low": -0.1, "high": 1.2}) == {"mean": 0.98, "low": 0, "high": 1}
+
 
 class TestIntervals:
+    def test_of_a_run_that_diverged_are_none(self) -> None:
+        assert all(math.isnan(value) for value in interval([math.nan, 1.0]).values())
+
     @pytest.mark.parametrize(("degrees", "known"), [(1, 12.706), (4, 2.776), (11, 2.201), (30, 2.042), (1000, 1.962)])
     def test_quantiles_of_students_t(self, degrees: int, known: float) -> None:
         assert student_t(degrees) == pytest.approx(known, abs=1e-3)
@@ -168,6 +315,11 @@ REFUSED = {
     "one_arm": (["--values", "1"], "takes two different ones"),
     "the_same_twice": (["--values", "1,1"], "stands there twice"),
     "steps_of_its_own": (["--max-steps", "5"], "--max-steps is settled by the comparison"),
+    "alerts": (["--stop-on-alert"], "--stop-on-alert is settled by the comparison, or has no effect in it"),
+    "samples": (["--sample-every=5"], "--sample-every is settled by the comparison, or has no effect in it"),
+    "the_same_rate_twice": (["--vary", "rate", "--values", "1e-3,0.001"], "1e-3 and 0.001 are the same arm"),
+    "a_size_by_name": (["--vary", "size", "--values", "small,64"], "'small' is no value of --values with --vary size"),
+    "a_vocabulary_without_size": (["--vary", "vocabulary", "--values", "character,word:50"], "as in character:80"),
     "what_varies_fixed": (["--phase", "2"], "--phase is settled by the comparison"),
     "an_unknown_option": (["--fast"], "unrecognized arguments: --fast"),
     "an_unknown_phase": (["--values", "1,3"], "invalid choice: '3'"),
@@ -177,7 +329,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("options", "says"), REFUSED.values(), ids=REFUSED)
 def test_refuses(options: list[str], says: str, file: Path, capsys: Any) -> None:
-    assert main(["compare", "story", *command(file), *options]) == 2
+    given = [word for word in command(file) if "vocabulary" not in options or word not in ("--vocab-size", "60")]
+    assert main(["compare", "story", *given, *options]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
 
 

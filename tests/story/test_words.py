@@ -31,6 +31,15 @@ def test_words_come_back_in_their_normal_form(text: str) -> None:
     assert made(made.decode(ids), add_special_tokens=False)["input_ids"] == ids
 
 
+@pytest.mark.parametrize("text", ["J\u030c", "\u0130stanbul", "H\u0331", "Caf\u00e9", "Cafe\u0301"])
+def test_lower_case_letters_that_compose_are_one_token_wherever_they_come_from(text: str) -> None:
+    """J with a caron is two characters, j with a caron one."""
+    made = word_level([text], 50)
+    ids = made(text, add_special_tokens=False)["input_ids"]
+    assert made.unk_token_id not in ids
+    assert made(made.decode(ids), add_special_tokens=False)["input_ids"] == ids
+
+
 def test_the_normal_form() -> None:
     assert normal_form('"Yes!" said Tom; it\u2019s a WELL-known  cat_:\n3 cats?') == (
         "yes! said tom; it's a well-known cat: 3 cats?"

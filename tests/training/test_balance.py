@@ -1,4 +1,4 @@
-"""The balanced loss: a gradient wherever the prediction is too sharp, none where it is right, exact micro-batches."""
+"""The balanced loss: a gradient wherever the prediction is too sharp, none where it is right, micro-batches."""
 
 from __future__ import annotations
 

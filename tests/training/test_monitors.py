@@ -177,6 +177,18 @@ def test_exploding_gradients_are_named_before_clipping_hides_them() -> None:
     assert found[0].evidence["layer"] == "head"
 
 
+@pytest.mark.parametrize("spoilt", ["loss", "logits"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_what_is_not_finite_is_said_at_the_first_look(spoilt: str, value: float) -> None:
+    inputs = batch(sentences(8, 0))
+    seen = {"loss": torch.tensor(2.0), "logits": torch.randn(8, 24, VOCAB)}
+    watching = monitors.CollapseMonitor(eos_token_id=EOS)
+    assert watching.step(**seen, **inputs) == []
+    seen[spoilt] = seen[spoilt] + value
+    found = [alert for _ in range(30) for alert in watching.step(**seen, **inputs)]
+    assert [(alert.step, alert.cause) for alert in found] == [(10, "grad.exploding")]
+
+
 @pytest.mark.parametrize(("rate", "cause"), [(1e-9, "lr.too_small"), (1e-6, "lr.too_small"), (0.3, "lr.too_large")])
 def test_rates_out_of_all_measure(rate: float, cause: str) -> None:
     assert causes(loop(small(), monitors.UpdateMonitor(), 100, rate=rate)) == [cause]

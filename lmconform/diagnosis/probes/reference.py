@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -44,10 +45,17 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
     ours = subject.as_loaded()
     bound = tolerance.allowed(max(ours.noise, theirs.noise), expected)
 
-    def error(specimen: Specimen) -> float:
+    def distance(specimen: Specimen) -> float:
         return float((specimen.logits(ids.to(specimen.device)).cpu() - expected).abs().max())
 
-    before = error(ours)
+    def error(specimen: Specimen) -> float:
+        """Of a remedy: one that does not fit into the model, and raises, is none."""
+        try:
+            return distance(specimen)
+        except Exception:
+            return math.inf
+
+    before = distance(ours)
     if before <= bound:
         return []
 
