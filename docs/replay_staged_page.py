@@ -21,10 +21,16 @@ Written by `python docs/replay_staged.py`.
     model.save_pretrained("stage0")
     model = StagedForCausalLM.from_pretrained("stage0", stage=1)      # the same logits; the new part is learnt
 
-    python -m models train staged --datasets wikitext-2 --max-length 128 --experiment-name stage0
-    python -m models train staged --stage 1 --model experiments/stage0/final --learning-rate 5e-3 ...
-    python -m models diagnose experiments/staged/final       # parameters, gradients, memory, writing; then the suite
-    pytest -k staged
+In a checkout of the repository (`models` is not in the package). Data are found in the folder that `LMCONFORM_DATA`
+names; without `--max-steps` one epoch is trained.
+
+```bash
+python -m models train staged --datasets wikitext-2 --max-length 128 --max-steps 400 --experiment-name stage0
+python -m models train staged --datasets wikitext-2 --max-length 128 --max-steps 400 --experiment-name stage1 \\
+    --stage 1 --model experiments/stage0/final --learning-rate 5e-3
+python -m models diagnose experiments/stage1/final       # parameters, gradients, memory, writing; then the suite
+pytest -k staged
+```
 
 | stage | adds | starts as |
 | --- | --- | --- |
