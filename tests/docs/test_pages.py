@@ -26,9 +26,10 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command in its shell blocks, and of those within `backticks` in its text."""
+    """The words of every command in its blocks, fenced or indented, and of those within `backticks` in its text."""
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"^ {4}((?:lmconform|pytest|python) .*)$", text, re.MULTILINE)
     lines += re.findall(r"`((?:lmconform|pytest|python) [^`]+)`", text.replace("\n", " "))
     words = [shlex.split(part, comments=True) for line in lines for part in re.split(r"&&|;", line)]
     return [command for command in words if command]
@@ -38,9 +39,7 @@ def unknown_options(command: list[str]) -> list[str]:
     """The options of a command that its program does not know."""
     match command:
         case ["lmconform", name, *rest] if name.islower():
-            from lmconform.cli import build_parser
-
-            text = build_parser([name, *rest])._subparsers._group_actions[0].choices[name].format_help()
+            text = lmconform_help(name)
         case ["pytest", *rest] | ["python", "-m", "pytest", *rest]:
             text = pytest_help()
         case ["python", "-m", "models", name, *rest]:
@@ -53,15 +52,19 @@ def unknown_options(command: list[str]) -> list[str]:
     return [word for word in given if not re.search(rf"{re.escape(word)}\b", text)]
 
 
+def lmconform_help(name: str) -> str:
+    from lmconform.cli import build_parser
+
+    return str(build_parser([name])._subparsers._group_actions[0].choices[name].format_help())
+
+
 def pytest_help() -> str:
     return _help("pytest", (sys.executable, "-m", "pytest", "--help"))
 
 
 def models_help(name: str, rest: list[str]) -> str:
-    if name == "diagnose":  # hands its options over to lmconform check
-        from lmconform.cli import build_parser
-
-        return str(build_parser(["check"])._subparsers._group_actions[0].choices["check"].format_help())
+    if name in (handed := {"diagnose": "check", "sweep": "sweep"}):  # their options are lmconform's
+        return lmconform_help(handed[name])
     system = [rest[0]] if name in ("train", "compare") and rest else []
     text = _help(f"models {name} {system}", (sys.executable, "-m", "models", name, *system, "--help"))
     if name == "compare" and "those of `train" in " ".join(text.split()):
