@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from fixtures.subjects.staged import tokenizer
+from fixtures.system_recipe import tokenizer
 from fixtures.tokenizers import sentences
 from models.staged import StagedConfig, StagedForCausalLM
 from models.staged.credit import HierarchicalCredit
