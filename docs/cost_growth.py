@@ -39,6 +39,7 @@ POINTS: dict[str, Shape] = {
     **{f"vocabulary_{count}": replace(BASE, vocabulary=count) for count in (32_000, 128_000)},
     "124m": SHAPES["124m"],
     "350m": Shape(width=1024, layers=24, heads=16, hidden=2816, vocabulary=32_000, context=2048),
+    "1b": Shape(width=2048, layers=16, heads=32, hidden=5632, vocabulary=32_000, context=2048),
 }
 
 
@@ -105,7 +106,7 @@ def page(figures: dict[str, dict[str, Any]]) -> str:
         f"`base`: {base.width} wide, {base.layers} layers, {base.heads} heads, {base.hidden} hidden, {base.vocabulary} "
         f"tokens, context {base.context}.",
         "The other rows change what their name says"
-        + "".join(f"; `{name}` is {_told(POINTS[name])}" for name in ("124m", "350m") if name in figures)
+        + "".join(f"; `{name}` is {_told(POINTS[name])}" for name in ("124m", "350m", "1b") if name in figures)
         + ".",
         "",
         "Checks that take more than one model's weights:",

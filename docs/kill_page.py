@@ -25,7 +25,8 @@ from kill_figures import (
 )
 
 from fixtures.faults import all_faults
-from lmconform.registry import PROFILES, all_checks
+from lmconform.profiles import PROFILES
+from lmconform.registry import all_checks
 
 if TYPE_CHECKING:
     from fixtures.faults import Fault

@@ -1,18 +1,20 @@
 """Measures how near the sound subjects come to the bounds: python docs/measure_margins.py --seeds 50.
 
 Writes docs/margins.md: per check the largest margin (measured / allowed) over all sound fixtures and seeds, where it
-was seen, and whether any verdict changed from seed to seed.
+was seen, whether any verdict changed from seed to seed, and whether the diagnosis blamed anybody. With --rows FILE
+every run is kept as it ends, and the same command, given again, goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,9 +22,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 Row = tuple[str, str, float | None, float, str]  # check, status, margin, seconds, first line of the message
+Run = tuple[str, int, list[Row], list[str]]  # subject, seed, rows, causes that the diagnosis named
 
 
-def measure(name: str, seed: int, profile: str, deselect: tuple[str, ...]) -> tuple[str, int, list[Row]]:
+def measure(name: str, seed: int, profile: str, deselect: tuple[str, ...]) -> Run:
     """One subject under one seed, on one thread."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -34,17 +37,25 @@ def measure(name: str, seed: int, profile: str, deselect: tuple[str, ...]) -> tu
     subject = Subject(lambda: build(name, torch.initial_seed() % (1 << 31)), name=name)
     report = check_model(subject, profile=profile, seed=seed, deselect=deselect)
     rows = [(r.id, r.status.value, r.margin, r.seconds, r.message.partition("\n")[0]) for r in report.results]
-    return name, seed, rows
+    return name, seed, rows, [cause.id for cause in report.causes]
 
 
-def page(done: list[tuple[str, int, list[Row]]], command: str, seeds: int, seconds: float) -> str:
+def kept(path: Path | None) -> list[Run]:
+    """The runs of an earlier call; a last line that was cut off is dropped."""
+    if path is None or not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [(name, seed, [tuple(row) for row in rows], causes) for name, seed, rows, causes in map(json.loads, whole)]
+
+
+def page(done: list[Run], command: str, seeds: int, seconds: float) -> str:
     """The Markdown page."""
     from lmconform.session import versions
 
     largest: dict[str, tuple[float, str, int]] = {}
     verdicts: dict[tuple[str, str], set[str]] = defaultdict(set)
     spent: dict[str, list[float]] = defaultdict(list)
-    for name, seed, rows in done:
+    for name, seed, rows, _ in done:
         spent[name].append(sum(row[3] for row in rows))
         for check, status, margin, _, _ in rows:
             verdicts[name, check].add(status)
@@ -57,10 +68,11 @@ def page(done: list[tuple[str, int, list[Row]]], command: str, seeds: int, secon
         "# Margins on sound subjects",
         "",
         f"Measured by `{command}`: {len(verdicts)} pairs of "
-        f"subject and check, {seeds} seeds each, {seconds:.0f} s in all on {os.cpu_count()} cores "
+        f"subject and check, {seeds} seeds each, {seconds:.0f} s of checks in all on {os.cpu_count()} cores "
         f"({platform.machine()}), one thread a subject; {known}.",
         "",
-        f"Verdicts that changed from seed to seed: {len(changed)}. Red: {len(red)}.",
+        f"Verdicts that changed from seed to seed: {len(changed)}. Red: {len(red)}. Runs in which the diagnosis named "
+        f"a cause: {sum(bool(causes) for *_, causes in done)} of {len(done)}.",
         *(f"- {name} {check}: {', '.join(sorted(found))}" for (name, check), found in sorted(changed.items())),
         "",
         "Seconds for one run, imports aside (median over seeds): "
@@ -83,25 +95,35 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120, help="start no further seed after so long")
     parser.add_argument("--deselect", default="", help="families or ids to leave out, separated by commas")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--rows", type=Path, help="keep every run here, and do not repeat those that stand there")
     parser.add_argument("--output", type=Path, default=HERE / "margins.md")
     options = parser.parse_args()
     started = time.monotonic()
     left_out = tuple(filter(None, options.deselect.split(",")))
-    work = [(name, seed, options.profile, left_out) for seed in range(options.seeds) for name in SOUND]
+    done = kept(options.rows)
+    have = {(name, seed) for name, seed, *_ in done}
+    wanted = [(name, seed) for seed in range(options.seeds) for name in SOUND if (name, seed) not in have]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(measure, *item) for item in work]
-        done = []
-        for future in futures:
-            if time.monotonic() - started > options.minutes * 60:
-                pool.shutdown(cancel_futures=True)
-                break
+        futures = [pool.submit(measure, *item, options.profile, left_out) for item in wanted]
+        for future in as_completed(futures):
+            if future.cancelled():
+                continue
             done.append(future.result())
-    done = done[: len(done) // len(SOUND) * len(SOUND)]  # whole seeds only
+            if options.rows is not None:
+                with options.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(done[-1]) + "\n")
+            if time.monotonic() - started > options.minutes * 60:
+                pool.shutdown(wait=False, cancel_futures=True)
+    count = {seed: sum(run[1] == seed for run in done) for seed in range(options.seeds)}
+    done = sorted(run for run in done if count[run[1]] == len(SOUND))  # whole seeds only
     seeds = len(done) // len(SOUND)
+    seconds = sum(row[3] for _, _, rows, _ in done for row in rows)
     command = f"python docs/measure_margins.py --seeds {options.seeds} --profile {options.profile}"
     command += f" --deselect {options.deselect}" if options.deselect else ""
-    options.output.write_text(page(done, command, seeds, time.monotonic() - started), encoding="utf-8")
-    for name, seed, rows in done:
+    options.output.write_text(page(done, command, seeds, seconds), encoding="utf-8")
+    for name, seed, rows, causes in done:
+        if causes:
+            print(name, seed, "blamed:", ", ".join(causes))
         for check, status, _, _, message in rows:
             if status in ("failed", "error", "warned", "blocked", "xpassed"):
                 print(name, seed, check, status, message)

@@ -29,7 +29,8 @@ from lmconform.diagnosis.ranking import RELIABILITY
 from lmconform.expected import ExpectedError, draft, known_deviations, read_expected
 from lmconform.isolation import Child, WorkerFailure
 from lmconform.options import NAMES, OptionError, Options, make_options, read_ini, require_writable
-from lmconform.registry import CAPABILITIES, PROFILES, Check, UnknownCheck, all_checks, select_checks, unknown_id
+from lmconform.profiles import PROFILES
+from lmconform.registry import CAPABILITIES, Check, UnknownCheck, all_checks, select_checks, unknown_id
 from lmconform.results import Report, Result, write_whole
 from lmconform.runner import run_all
 from lmconform.session import Session, chosen_case, versions

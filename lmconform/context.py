@@ -151,8 +151,7 @@ class Context:
             raise Violation(f"{message}: NaN at {place}", where=_join(where, place), hint=hint)
         if allowed is None:
             allowed = tolerance.allowed(self.subject.noise if noise is None else noise, expected)
-        difference = (actual.double() - expected.double()).abs()
-        difference = difference.nan_to_num(nan=0.0, posinf=math.inf)  # inf - inf: equal infinities
+        difference = _apart(actual, expected).nan_to_num_(nan=0.0, posinf=math.inf)  # inf - inf: equal infinities
         worst = int(difference.argmax())
         place = _place(_unravel(worst, difference.shape), axes)
         measured = float(difference.flatten()[worst])
@@ -164,7 +163,7 @@ class Context:
     def differs(self, actual: Tensor, other: Tensor, message: str, *, where: str = "", hint: str = "") -> None:
         """The tensors differ by more than rounding: something that must matter does. Otherwise Violation."""
         floor = tolerance.allowed(self.subject.noise, other)
-        change = float((actual.double() - other.double()).abs().max())
+        change = float(_apart(actual, other).max())
         if change <= floor:
             raise Violation(
                 f"{message}: changed the logits by {change:.3g}, rounding alone by up to {floor:.3g}",
@@ -203,6 +202,13 @@ class Context:
         """A remark that goes into the result's message, also on green."""
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _apart(actual: Tensor, expected: Tensor) -> Tensor:
+    """|actual - expected| in float64; in place, for the logits of a large vocabulary outweigh the model."""
+    import torch
+
+    return actual.detach().to(torch.float64, copy=True).sub_(expected.detach()).abs_()
 
 
 def by_position(difference: Tensor, axes: Sequence[str], *, allowed: float, case: str) -> tuple[Chart, ...]:

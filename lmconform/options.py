@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lmconform.registry import PROFILES
+from lmconform.profiles import PROFILES
 
 
 class OptionError(ValueError):
@@ -82,7 +81,7 @@ def read_ini(folder: Path) -> dict[str, Any]:
     file = folder / "pyproject.toml"
     if not file.is_file():
         return {}
-    import tomllib  # here, because every start of pytest imports this module
+    import tomllib  # here, like difflib below: every start of pytest imports this module
 
     try:
         tools = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
@@ -120,5 +119,7 @@ def require_writable(*files: str | None) -> None:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

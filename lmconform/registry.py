@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmconform.cases import Case, Space
+from lmconform.profiles import PROFILES
 
 if TYPE_CHECKING:
     from lmconform.context import Context
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 CheckFunction = Callable[["Specimen", "Context"], None]
 
-PROFILES = ("smoke", "default", "thorough")
 FAMILIES = (
     "contract", "causality", "batching", "padding", "positions", "cache", "embeds", "generation", "loss", "gradients",
     "init", "scale", "parity", "persistence", "placement", "precision", "training", "collapse", "tokenizer", "config",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmconform import capabilities, structure, tolerance
+from lmconform.borrowed import Change, borrowed
 from lmconform.conventions import Convention, Output, first_line
 from lmconform.exact_masks import masks_in_the_querys_type
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from lmconform.devices import Device
 
-LARGE = 1 << 30  # bytes of weights from which a copy is announced
+LARGE = 1 << 30  # bytes of weights from which a copy is announced, and avoided where it can be
 PROBED = (128, 256, 512, 1024)  # tokens, until one is refused, to find a context that nobody states
 
 
@@ -285,6 +286,25 @@ class Specimen:
         give_weights(fresh, self.module)
         return self.put(fresh.to(self.dtype)).train(self.module.training)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether copies borrow the weights where they can, and none is kept."""
+        return self.weight_bytes > LARGE
+
+    def lent(self) -> Specimen:
+        """A copy in the memory of the same weights, for whoever changes none of them; a whole one where that fails."""
+        try:
+            return self._derive(borrowed(self.module))
+        except Exception:
+            return self.copy()
+
+    def changed(self, change: Change) -> Specimen:
+        """A copy of a large model whose weights are changed as a forward reaches them; see lmconform.borrowed."""
+        try:
+            return self._derive(borrowed(self.module, change))
+        except Exception as error:
+            raise Unavailable(f"the model cannot be copied: {type(error).__name__}: {error}") from error
+
     def twin(self) -> Specimen | None:
         """A float64 copy, made once; None where the model does not run in float64, or says something else there."""
         if isinstance(self._twin, bool):
@@ -297,13 +317,11 @@ class Specimen:
         if self.dtype == torch.float64:
             return None
         try:
-            self._afford(self.weight_bytes * 8 // max(1, self.dtype.itemsize), "a float64 copy")
             own = self.logits(self.noise_ids).double()
-            module = self._copied_module().to(torch.float64)
-            set_experts = getattr(module, "set_experts_implementation", None)
+            twin = self._widened()
+            set_experts = getattr(twin.module, "set_experts_implementation", None)
             if callable(set_experts):  # the grouped kernels take no float64
                 set_experts("eager")
-            twin = self._derive(module)
             logits = twin.logits(self.noise_ids)
         except Exception:
             return None
@@ -318,6 +336,20 @@ class Specimen:
             return None
         return twin
 
+    def _widened(self) -> Specimen:
+        import torch
+
+        if not self.is_large:
+            self._afford(self.weight_bytes * 8 // max(1, self.dtype.itemsize), "a float64 copy")
+            return self._derive(self._copied_module().to(torch.float64))
+        widened = self.changed(lambda name, weight: weight.double() if weight.is_floating_point() else weight)
+        for part in widened.module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    part._buffers[name] = buffer.double()
+        widened.dtype, widened._wider = torch.float64, True
+        return widened
+
     def fresh(self, seed: int) -> Specimen:
         """Built anew under that seed, weights as the builder leaves them. Raises Unavailable without a builder."""
         if self.builder is None:
@@ -329,20 +361,23 @@ class Specimen:
 
         What a model makes in its first forward is not there yet.
         """
-        if self.builder is None or self.weight_bytes > LARGE:
+        if self.builder is None or self.is_large:
             return self.copy()
         made = self.fresh(self.seed)
         give_weights(made.module, self.module)
         return made
 
     def as_loaded(self) -> Specimen:
-        """The model with the weights it came with, before excitation; made once."""
+        """The model with the weights it came with, before excitation; made once, where it is not large."""
         if self._pristine is None:
             return self
-        if self._loaded is None:
-            module = self.put(self._pristine().to(self.dtype)).eval()
-            self._loaded = self._derive(module, pristine=None)
-        return self._loaded
+        if self._loaded is not None:
+            return self._loaded
+        self._afford(self.weight_bytes, "the model as it was loaded")
+        loaded = self._derive(self.put(self._pristine().to(self.dtype)).eval(), pristine=None)
+        if not self.is_large:
+            self._loaded = loaded
+        return loaded
 
     def _afford(self, need: int, what: str) -> None:
         available = available_memory()
@@ -375,6 +410,8 @@ class Specimen:
         """A copy whose matrices are `factor` times as large: attention becomes hard, soft masks leak."""
         import torch
 
+        if self.is_large:
+            return self.changed(lambda name, weight: weight * factor if weight.dim() >= 2 else weight)
         copied = self.copy()
         with torch.no_grad():
             for parameter in copied.module.parameters():

@@ -53,17 +53,25 @@ def perturbed(subject: Specimen, ids: Tensor, size: float) -> Tensor:
     """Logits of a copy whose weights are moved at random by a relative `size`, at least to the next number."""
     import torch
 
+    def moved(weight: Tensor, generator: torch.Generator) -> Tensor:
+        if not weight.is_floating_point():
+            return weight
+        wobble = torch.randn(weight.shape, generator=generator).to(weight)
+        if size > epsilon(weight.dtype):
+            return weight * (1 + size * wobble)
+        # one unit in the last place, for every other weight: a smaller product would round to no change
+        return torch.where(wobble > 0, weight * (1 + epsilon(weight.dtype)), weight)
+
+    if subject.is_large:
+        salted = {name: subject.seed + 1 + salt for salt, (name, _) in enumerate(subject.module.named_parameters())}
+        return subject.changed(lambda name, weight: moved(weight, torch.Generator().manual_seed(salted[name]))).logits(
+            ids
+        )
     copy = subject.copy()
     generator = torch.Generator().manual_seed(subject.seed + 1)
     with torch.no_grad():
         for parameter in copy.module.parameters():
-            if not parameter.is_floating_point():
-                continue
-            wobble = torch.randn(parameter.shape, generator=generator).to(parameter)
-            if size > epsilon(parameter.dtype):
-                parameter.mul_(1 + size * wobble)
-            else:  # one unit in the last place, for every other weight: a smaller product would round to no change
-                parameter.copy_(torch.where(wobble > 0, parameter * (1 + epsilon(parameter.dtype)), parameter))
+            parameter.copy_(moved(parameter, generator))
     return copy.logits(ids)
 
 
@@ -76,6 +84,6 @@ def typical(error: Tensor) -> float:
 
 def allowed(noise: float, logits: Tensor) -> float:
     """The bound for comparing logits like these: FACTOR noise floors, at least FACTOR units in the last place."""
-    scale = float(logits.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()) if logits.numel() else 0.0
+    scale = float(logits.detach().nan_to_num(0.0, 0.0, 0.0).abs_().max()) if logits.numel() else 0.0
     floor = epsilon(logits.dtype) * scale
     return FACTOR * max(noise if noise == noise else 0.0, floor)

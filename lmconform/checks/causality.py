@@ -324,7 +324,7 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
     """
     import torch
 
-    copied = without_dropout(subject)
+    copied = without_dropout(subject, lent=True)
     for case in ctx.cases():
         if case.mask != "none" and not subject.can("mask"):
             continue

@@ -252,7 +252,7 @@ def check_bad_input(subject: Specimen, ctx: Context) -> None:
     more tokens than the stated context where no position table ends (rotary, relative, recurrent). An exception that
     does not say what was wrong is noted.
     """
-    copied = subject.copy()  # an exception in the middle of a call may leave state behind
+    copied = subject.lent()  # an exception in the middle of a call may leave state behind
     copied.module.to("cpu")  # a bad index on CUDA ends the whole process
     obscure: list[str] = []
     for case in ctx.cases():

@@ -40,7 +40,7 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     excused, a matrix that moves none is dead, and whatever moves logits without having a gradient is cut off.
     Excused with a note: towers of other modalities, and cross-attention where no encoder's states are given.
     """
-    quiet = without_dropout(subject)
+    quiet = without_dropout(subject, lent=True)
     module = quiet.module
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad and p.numel()}
     if not trainable:
@@ -84,11 +84,11 @@ def check_checkpointing(subject: Specimen, ctx: Context) -> None:
 
     What transformers' own tests compare is which gradients exist.
     """
-    plain = without_dropout(subject)
+    plain = without_dropout(subject, lent=True)
     ids = ctx.ids(2, subject.longest(24))
     expected_logits, expected_loss, expected = trained_once(plain, ctx, ids, None)
     for case in ctx.cases():
-        checked = without_dropout(subject)
+        checked = without_dropout(subject, lent=True)
         counts = count_calls(checked.module)
         try:
             checked.module.gradient_checkpointing_enable(  # type: ignore[operator]

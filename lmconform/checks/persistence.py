@@ -80,6 +80,8 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
 )
 def check_tied(subject: Specimen, ctx: Context) -> None:
     """Every group of parameters that share memory shares it still after each of these."""
+    import torch
+
     groups = shared_parameters(_as_built(subject))
     promised = promised_tie(subject)
     if promised is not None and not any(set(promised) <= set(group) for group in groups):
@@ -106,7 +108,8 @@ def check_tied(subject: Specimen, ctx: Context) -> None:
     by_parameter = "tie the Parameter (head.weight = embedding.weight), not its data, and in the constructor"
     remain(subject.module, f"the move to {subject.device}", by_parameter)
     remain(subject.copy().module, "a deep copy", by_parameter)
-    remain(subject.copy().module.double(), "a move to another dtype, .to(torch.float64)", by_parameter)
+    other = torch.float64 if not subject.is_large else torch.float16
+    remain(subject.copy().module.to(other), f"a move to another dtype, .to({other})", by_parameter)
     if pretrained(subject.module):
         with tempfile.TemporaryDirectory(prefix="lmconform-") as folder:
             remain(
@@ -270,13 +273,17 @@ def check_copy(subject: Specimen, ctx: Context) -> None:
         )
     _behaves(ctx, copied, ids, expected, "copy.deepcopy(model)")
     _is_independent(ctx, subject, copied, ids, expected)
-    try:
-        written = pickle.dumps(subject.module)
-    except Exception as error:
-        ctx.note(f"it cannot be pickled, so torch.save(model) and spawned workers are out: {first_line(error)}")
-        return
-    # these bytes are our own, made a line above: loading a pickle from elsewhere would run code
-    _behaves(ctx, original._derive(pickle.loads(written)), ids, expected, "pickle.loads(pickle.dumps(model))")
+    del copied
+    with tempfile.TemporaryFile() as file:  # not in memory: a large model is there twice already
+        try:
+            pickle.dump(subject.module, file)
+        except Exception as error:
+            ctx.note(f"it cannot be pickled, so torch.save(model) and spawned workers are out: {first_line(error)}")
+            return
+        file.seek(0)
+        # this file is our own, written a line above: loading a pickle from elsewhere would run code
+        loaded = pickle.load(file)
+    _behaves(ctx, original._derive(loaded), ids, expected, "pickle.loads(pickle.dumps(model))")
 
 
 def _behaves(ctx: Context, made: Specimen, ids: Tensor, expected: Tensor, how: str) -> None:

@@ -16,14 +16,15 @@ DROPOUT = re.compile(r"drop", re.IGNORECASE)
 JITTER = re.compile(r"jitter", re.IGNORECASE)
 
 
-def without_dropout(subject: Specimen) -> Specimen:
+def without_dropout(subject: Specimen, *, lent: bool = False) -> Specimen:
     """A copy with every dropout probability and router jitter 0: in modules, in their attributes, in their configs.
 
-    A jitter that decides what eval mode computes is no noise (PhiMoE's router_jitter_noise is a threshold): it stays.
+    With `lent` in the memory of the same weights, for whoever changes none. A jitter that decides what eval mode
+    computes is no noise (PhiMoE's router_jitter_noise is a threshold): it stays.
     """
     from torch.nn.modules.dropout import _DropoutNd
 
-    quiet = subject.copy()
+    quiet = subject.lent() if lent else subject.copy()
     holders: dict[int, Any] = {}
     for part in quiet.module.modules():
         if isinstance(part, _DropoutNd):

@@ -17,7 +17,8 @@ from typing import Any
 
 from lmconform.expected import ExpectedError, known_deviations
 from lmconform.options import OptionError, require_writable
-from lmconform.registry import PROFILES, UnknownCheck, select_checks
+from lmconform.profiles import PROFILES
+from lmconform.registry import UnknownCheck, select_checks
 from lmconform.results import EXECUTED, SCHEMA_VERSION, write_whole
 from lmconform.zoo.client import Refused, Server, ServerError
 from lmconform.zoo.journal import Journal, ResumeError, differences, journal_of, read_earlier, source_digest
