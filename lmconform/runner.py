@@ -111,7 +111,7 @@ class Runner:
         except Unavailable as reason:
             return self._result(check, Status.not_applicable, str(reason))
         except Hang as hang:
-            text = f"did not end within {self.timeout:g} s and was stopped{_origin(hang)}"
+            text = f"did not end within {self.timeout:g} s and was stopped{_origin(hang)}; --timeout gives it longer"
             return self._result(check, Status.error, text, context.case)
         except RecursionError:
             return self._result(check, Status.error, "the model recursed without end", context.case)

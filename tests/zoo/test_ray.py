@@ -44,6 +44,24 @@ def test_a_killed_worker_loses_nothing() -> None:
     assert {row["type"] for row in here if row["status"] == "green"} == {"bloom", "gpt2", "llama"}
 
 
+@pytest.mark.slow
+def test_the_whole_zoo_is_the_same_with_a_worker_killed_half_way() -> None:
+    args = parsed("--jobs", "2")
+    spread: list[dict[str, object]] = []
+    with RayEngine(2, None) as engine:
+        for event in engine.run(engine.types, dict(command.DEFAULTS), args):
+            if event["event"] != "row":
+                continue
+            spread.append(event["row"])
+            if len(spread) == len(engine.types) // 2:
+                os.kill(engine.pids[0], signal.SIGKILL)
+    with command.Server() as server:
+        events = server.run(server.types, dict(command.DEFAULTS), args)
+        here = [event["row"] for event in events if event["event"] == "row"]
+    assert len(spread) == len(here) > 150
+    assert verdicts(spread) == verdicts(here)
+
+
 def test_rows_reach_the_parquet_file(tmp_path: Path) -> None:
     from pyarrow import parquet
 
