@@ -181,7 +181,8 @@ class Child:
     def _death(self, gone: _Gone, id: str, seconds: float) -> Result:
         """The process is gone: the result of the check that was running."""
         if gone.hung:
-            text = f"did not end within {self.options.timeout:g} s and its process was stopped{gone.place}; --timeout gives it longer"
+            limit = f"{self.options.timeout:g} s"
+            text = f"did not end within {limit} and its process was stopped{gone.place}; --timeout gives it longer"
             story = f"the process was stopped because {id} did not end"
         else:
             text = story = f"the process {gone.how} while running {id}{gone.place}"
