@@ -7,7 +7,7 @@ line. Importing this imports neither torch nor a subject.
 
 from __future__ import annotations
 
-FINGERPRINT_VERSION = 1  # of what is measured; figures of two versions are not compared
+FINGERPRINT_VERSION = 2  # of what is measured; figures of two versions are not compared
 
 
 class SnapshotError(Exception):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmconform.results import jsonable
-from lmconform.snapshots.fingerprint import FORWARDS
+from lmconform.snapshots.fingerprint import FORWARDS, broken
 from lmconform.snapshots.last_bits import SINGLE
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FACTOR = 8.0
 KINDS = ("behaviour", "inventory", "weights")
 LISTED = 6
+OTHER_WEIGHTS = "the numbers that run there are not the snapshot's (weights, above): that alone can be the cause"
 UNTESTED = 0.01  # of a figure's size: where rounding alone moves it further than this, little is held
 
 
@@ -111,21 +112,25 @@ def compare(snapshot: Snapshot, now: Observed, *, ignored: Iterable[str] = ()) -
                 _gone(found, key, case, measured.missing.get(case, ""), figures.values, current)
             continue
         found.compared += 1
+        if key == "weights":  # what is gone is the inventory's to tell
+            gone = [index for index, holder in enumerate(now.deal.holders) if holder is None]
+            current = current.copy()
+            current[gone] = figures.values[gone]
         move = _move(key, figures, current)
         if (index := key.partition("/")[2]).isdigit():
             move.name = before.places[case][int(index)]
         found.moves.append(move)
     _blocks(found, snapshot, now)
     _greedy(found, snapshot, now)
+    unusable = {key.partition("/")[0] for key, values in measured.figures.items() if broken(values)}
     for case in before.missing:
-        if case not in measured.missing:
+        if case not in measured.missing and case not in unusable:
             found.findings.append(
                 Finding(
                     "inventory", f"{case}: the subject can do it now, the snapshot does not hold it: renew it", case
                 )
             )
-    found.findings[:0] = list(_behaviour(found, snapshot, now))
-    found.findings += _weights(found, snapshot)
+    found.findings[:0] = [*_weights(found, snapshot), *_behaviour(found, snapshot, now)]
     found.findings += _inventory(snapshot, now)
     found.notes += _notes(found, snapshot, now)
     return found
@@ -175,9 +180,9 @@ def _behaviour(found: Comparison, snapshot: Snapshot, now: Observed) -> Iterator
         if np.isfinite(move.size)
         else f"to NaN or infinity, at {_place(key, move.worst, snapshot)}"
     )
-    for said in (hint, _pattern(changed, found, snapshot), _uncarried(now)):
-        if said:
-            lines.append(said)
+    other = any(move.key == "weights" and move.changed for move in found.moves)
+    causes = (OTHER_WEIGHTS,) if other else (hint, _pattern(changed, found, snapshot))
+    lines += [said for said in (*causes, _uncarried(now)) if said]
     yield Finding("behaviour", "\n".join(lines), where, move.size, move.allowed)
 
 
@@ -361,10 +366,16 @@ def _weights(found: Comparison, snapshot: Snapshot) -> Iterator[Finding]:
     for move in found.moves:
         if move.key == "weights" and move.changed:
             names = [snapshot.slots[row].names[0] for row in move.rows]
+            said = (
+                "numbers of a fresh initialisation differ between releases of torch and between processors; without "
+                "--as-loaded lmconform draws the weights, and only what the model does with them is compared"
+                if snapshot.as_loaded
+                else "their builder computes them, all others are lmconform's: look at how the model is initialised"
+            )
             yield Finding(
                 "weights",
                 f"{len(names)} of {move.total} parameters hold other numbers: {_listed(names)}; by up to "
-                f"{move.size:.2g} of their size",
+                f"{move.size:.2g} of their size\n{said}",
                 names[0], move.size, move.allowed,
             )  # fmt: skip
 

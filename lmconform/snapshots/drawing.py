@@ -6,6 +6,7 @@ names are gone by shape and order of use, so that renaming and reordering change
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
     from lmconform.specimen import Specimen
 
-QUIET = 0.1  # factor of the quiet draw: hidden states so small that a norm's epsilon is felt
-_SHRINKS = ("embedding", "linear", "conv1d", "bias", "stacked")
+# Factors of the quiet draw: hidden states so small that a norm's epsilon is felt, and a block's own share in them still
+# large enough to show it. A norm behind the embedding would enlarge the stream again; matrices stand two in a row.
+_MATRIX = math.sqrt(0.1)  # sqrt is exact to the last bit on every machine, pow is not
+QUIET = {"embedding": 0.1, "norm": 0.1, "bias": 0.1, "linear": _MATRIX, "conv1d": _MATRIX, "stacked": _MATRIX}
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ def _fill(parameter: Tensor, slot: Slot, stream: int, quiet: bool, as_loaded: bo
         return
     own = _numbers(parameter)
     values = own if as_loaded else slot.values(stream, own)
-    if quiet and slot.rule in _SHRINKS:
-        values = values * QUIET
+    if quiet:
+        values = values * QUIET.get(slot.rule, 1.0)
     with torch.no_grad():
         parameter.copy_(torch.from_numpy(np.array(values)))

@@ -40,7 +40,7 @@ REPEATABLE = 1e-6  # of a figure's size: what two equal calls may differ by (thr
 FORWARDS = ("batch", "quiet", "long")
 CASES = {
     "batch": f"{ROWS} rows of {TIME} tokens: logits, the stream after every block, every module's output",
-    "quiet": "the same with embeddings, matrices and biases a tenth as large, where a norm's epsilon is felt",
+    "quiet": "the same with smaller weights, where a norm's epsilon is felt",
     "long": f"1 row of {LONGEST} tokens, or as many as the context takes",
     "padded": f"the batch, its first row padded by {PAD} on the left: logits of the real tokens, in float32",
     "positioned": f"the batch with position_ids that count from {FIRST}",
@@ -109,8 +109,7 @@ def measure(
         if noise is not None:
             for drawn in (loud, quiet):
                 wobble_buffers(drawn.module, noise.seed)
-        if as_loaded:
-            _weights(found, loud, made)
+        _weights(found, loud, made)
         runs: dict[str, Callable[[], None]] = {
             "batch": lambda: _forward(found, loud, "batch", tokens.batch),
             "quiet": lambda: _forward(found, quiet, "quiet", tokens.batch),
@@ -362,7 +361,7 @@ def fingerprint(subject: Specimen, tokens: Tokens, made: Deal, *, seed: int, as_
     base, again = once(), once(luck=1)
     if "batch" in base.missing:
         raise SnapshotError(f"{subject.name}: forward() {base.missing['batch']}")
-    for case in [key.partition("/")[0] for key, values in base.figures.items() if _broken(values)]:
+    for case in [key.partition("/")[0] for key, values in base.figures.items() if broken(values)]:
         if case == "batch":
             raise SnapshotError(f"{subject.name}: forward() gives NaN or infinity; lmconform check says where")
         base.missing[case] = "gives NaN or infinity"
@@ -382,7 +381,7 @@ def fingerprint(subject: Specimen, tokens: Tokens, made: Deal, *, seed: int, as_
     return Fingerprint(keys, base.places, base.greedy, _stable(base.greedy, noisy[True]), base.missing)
 
 
-def _broken(values: NDArray[np.float64]) -> bool:
+def broken(values: NDArray[np.float64]) -> bool:
     """Whether a row holds a number that is none; a row of NaN alone is a parameter without floating numbers."""
     return not bool(np.isfinite(values[~np.isnan(values).all(-1)]).all()) or bool(np.isnan(values).all())
 

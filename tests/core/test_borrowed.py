@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fixtures.faults import Fault, all_faults
 from fixtures.subjects import SOUND, build
-from lmconform import Subject, check_model, specimen
+from lmconform import Subject, check_model, specimen, tolerance
 from lmconform.borrowed import borrowed
 
 FAULTS = ("causality.tril_plus_one", "causality.adds_minus_10000", "cache.values_in_half", "padding.mask_inverted")
@@ -27,7 +27,8 @@ def test_it_computes_what_a_whole_copy_computes(name: str, monkeypatch: pytest.M
     for copied, lent in zip(copies, (large.twin(), large.scaled(3.0))):
         assert (copied is None) == (lent is None)  # Mamba's own code does not run in float64
         if copied is not None and lent is not None:
-            assert torch.equal(copied.logits(ids), lent.logits(ids))
+            expected = copied.logits(ids)  # matrix products may take another path where weights lie otherwise in memory
+            assert float((lent.logits(ids) - expected).abs().max()) <= tolerance.allowed(0.0, expected)
 
 
 def test_no_more_than_one_layer_is_held_at_a_time() -> None:
@@ -118,6 +119,6 @@ def test_verdicts_are_those_of_a_small_model(name: str, monkeypatch: pytest.Monk
     for large in (specimen.LARGE, 0):
         monkeypatch.setattr(specimen, "LARGE", large)
         report = check_model(Subject(lambda: build(name), name=name), profile="smoke")
-        verdicts.append({result.id: (result.status, result.message) for result in report.results})
+        verdicts.append({result.id: result.status for result in report.results})
     assert verdicts[0] == verdicts[1]
-    assert "failed" not in {status for status, _ in verdicts[0].values()}
+    assert "failed" not in verdicts[0].values()

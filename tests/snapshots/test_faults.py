@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fixtures.faults import all_faults
 from fixtures.planting import around
-from lmconform.snapshots.comparison import Comparison, Finding
+from lmconform import Subject
+from lmconform.snapshots.comparison import Comparison, Finding, compare
+from lmconform.snapshots.taking import observe, take
 
 FAULTS = {fault.id: fault for fault in all_faults()}
 
@@ -112,6 +114,62 @@ def test_wrong_numbers_in_a_checkpoint_are_named_with_as_loaded(against: Callabl
     weights = next(finding for finding in found.findings if finding.kind == "weights")
     assert weights.message.startswith("1 of")
     assert not against(planted.host, planted.plant, as_loaded=True, ignored=("weights",)).ok  # behaviour differs too
+
+
+def test_other_initialisation_is_told_before_behaviour_and_explains_it(against: Callable[..., Comparison]) -> None:
+    def initialise(model: Any) -> None:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+
+    found = against("plain", initialise, as_loaded=True)
+    weights, first = found.findings[:2]
+    assert weights.kind == "weights"
+    assert "without --as-loaded lmconform draws the weights" in weights.message
+    assert first.kind == "behaviour"
+    assert "not the snapshot's (weights, above)" in first.message
+    assert "position table" not in first.message  # no place in the code is blamed
+
+
+class Normed(nn.Module):
+    """A norm behind the embedding, as Bloom has it, and one in a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(31, 16)
+        self.embedding_norm = nn.LayerNorm(16)
+        self.rates = nn.Parameter(torch.arange(1.0, 17.0).log())
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 31)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.embedding_norm(self.embedding(idx))
+        return self.head(x + self.down(torch.tanh(self.up(self.norm(x)))) * torch.exp(-self.rates))
+
+
+def changed_since(change: Callable[[Any], object]) -> Comparison:
+    def changed() -> nn.Module:
+        model = Normed()
+        change(model)
+        return model
+
+    snapshot = take(Subject(Normed, name="normed"))
+    return compare(snapshot, observe(Subject(changed, name="normed"), snapshot))
+
+
+def test_epsilon_is_felt_behind_a_norm_of_the_embedding() -> None:
+    found = behaviour(changed_since(lambda model: setattr(model.norm, "eps", 1e-6)))
+    assert "an epsilon" in found.message
+    assert found.size is not None
+    assert found.allowed is not None
+    assert found.size > 10 * found.allowed
+
+
+def test_what_the_builder_computes_is_told_as_weights_where_it_changes() -> None:
+    found = changed_since(lambda model: model.rates.data.mul_(1.01))
+    assert [finding.kind for finding in found.findings[:2]] == ["weights", "behaviour"]
+    assert found.findings[0].message.startswith("1 of 12 parameters hold other numbers: rates")
+    assert "look at how the model is initialised" in found.findings[0].message
 
 
 def test_drawn_weights_do_not_depend_on_the_checkpoints_numbers(against: Callable[..., Comparison]) -> None:
