@@ -76,8 +76,8 @@ CPU = Setup(
         "embed_dim": 64, "time_dim": 16, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
         "max_position_embeddings": 128,
     },
-    vocabulary=2048, rows=4000, time=64, batch=12, steps=160, marks=(20, 40, 80, 120, 160), rate=4e-3, warmup=20,
-    seeds=(0, 1, 2), arms=tuple(ARMS),
+    vocabulary=2048, rows=4000, time=64, batch=12, steps=400, marks=(40, 100, 200, 300, 400), rate=4e-3, warmup=20,
+    seeds=tuple(range(8)), arms=tuple(ARMS),
 )  # fmt: skip
 REPORT_SIZE = Setup(
     sizes={}, vocabulary=None, rows=None, time=512, batch=16, steps=5000, marks=tuple(REPORT), rate=6e-4, warmup=200,

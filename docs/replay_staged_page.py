@@ -106,9 +106,15 @@ def perplexity(losses: Sequence[float]) -> float:
 
 
 def beside(one: list[dict[str, Any]], other: list[dict[str, Any]], step: int) -> str:
-    """Difference in validation loss of paired runs, mean and range over the seeds."""
-    differences = [at(a, step, 2) - at(b, step, 2) for a, b in zip(one, other)]
-    return f"{statistics.mean(differences):+.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
+    """Difference in validation loss of paired runs: the mean over the seeds with its 95 % interval."""
+    found = difference(one, other, step)
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+def difference(one: list[dict[str, Any]], other: list[dict[str, Any]], step: int) -> dict[str, float]:
+    from models.training.comparison import interval
+
+    return interval([at(a, step, 2) - at(b, step, 2) for a, b in zip(one, other)])
 
 
 def equal_budgets(done: dict[str, Any]) -> list[str]:
@@ -156,8 +162,8 @@ def equal_budgets(done: dict[str, Any]) -> list[str]:
         "",
         flow("""
             Perplexity on training / validation text, the geometric mean over the seeds. Beside stage 0 and the plain
-            decoder: difference of the validation loss at the end, in nats a token (below 0 is better), with the
-            smallest and the largest of the seeds.
+            decoder: difference of the validation loss at the end, in nats a token (below 0 is better), mean over the
+            seeds and its 95 % interval (Student's t).
         """),
         "",
         *verdict(done),
@@ -166,22 +172,25 @@ def equal_budgets(done: dict[str, Any]) -> list[str]:
 
 
 def verdict(done: dict[str, Any]) -> list[str]:
-    """Whether a later stage is worse than the one before it, by the runs' own spread."""
+    """Whether a later stage is worse than the one before it, by the interval of the paired difference."""
     last = done["setup"]["steps"]
     lines = []
     for stage in (1, 2, 3):
         here, before = (runs_of(done, f"stage {number}") for number in (stage, stage - 1))
         if not here or len(here) != len(before):
             continue
-        differences = [at(a, last, 2) - at(b, last, 2) for a, b in zip(here, before)]
-        mean = statistics.mean(differences)
-        if max(differences) < 0:
-            told = "better with every seed"
-        elif min(differences) > 0:
-            told = "worse with every seed"
+        found = difference(here, before, last)
+        if found["high"] < 0:
+            told = "better"
+        elif found["low"] > 0:
+            told = "worse"
         else:
-            told = "no worse and no better: the seeds disagree on the sign"
-        lines.append(f"- Stage {stage} beside stage {stage - 1}: {mean:+.3f} nats, {told}.")
+            told = "no worse and no better that these seeds could show"
+        worse = sum(at(a, last, 2) > at(b, last, 2) for a, b in zip(here, before))
+        lines.append(
+            f"- Stage {stage} beside stage {stage - 1}: {beside(here, before, last)} nats, {told}; higher with {worse} "
+            f"of {len(here)} seeds."
+        )
     return [*lines, ""]
 
 
