@@ -31,7 +31,7 @@ def eager_attention(
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
         scores = scores + attention_mask
     exact = torch.float64 if scores.dtype == torch.float64 else torch.float32
@@ -52,7 +52,15 @@ def attend(
     dropout: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The configured attention function on [batch, heads, time, head_dim]; gives [batch, time, heads, head_dim]."""
+    """The configured attention function on [batch, heads, time, head_dim]; gives [batch, time, heads, head_dim].
+
+    Where a learned bias wants its gradient SDPA has no fused kernel on the CPU, and what it does instead takes more
+    passes than attention written out.
+    """
+    learned = implementation == "sdpa" and isinstance(attention_mask, Tensor) and attention_mask.requires_grad
+    if learned and query.device.type == "cpu":
+        rate = dropout if module.training else 0.0
+        return eager_attention(module, query, key, value, attention_mask, scaling, rate)[0], None
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
     return function(
         module, query, key, value, attention_mask,

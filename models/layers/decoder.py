@@ -16,9 +16,9 @@ from models.layers.attention import SelfAttention
 from models.layers.block import DecoderBlock
 from models.layers.config import DecoderConfig
 from models.layers.initialisation import initialise
-from models.layers.masks import Scores, causal_mask, key_length, real_keys, score_mask
+from models.layers.masks import Scores, causal_mask, score_mask, seen_positions
 from models.layers.norms import norm
-from models.layers.positions import default_positions, key_positions
+from models.layers.positions import default_positions
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -113,8 +113,7 @@ class Decoder(DecoderPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         bias = None
         if self.has_score_bias:
-            length = key_length(mask, past_key_values, inputs_embeds.shape[1])
-            keys = key_positions(position_ids, real_keys(attention_mask), length, past)
+            keys = seen_positions(mask, attention_mask, position_ids, past_key_values)
             bias = self.score_bias(position_ids, keys, inputs_embeds.dtype)
         return score_mask(self.config, mask, bias, past)
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
+from models.layers.positions import key_positions
+
 
 class Scores(NamedTuple):
     """What is done to the scores q k^T / sqrt(d) of every layer before the softmax.
@@ -41,14 +43,17 @@ def causal_mask(
     )
 
 
-def key_length(mask: Any, past_key_values: Cache | None, time: int) -> int:
-    """How many keys the layers will see: more than were seen so far where a static cache has room.
+def seen_positions(mask: Any, attention_mask: Any, position_ids: Tensor, past_key_values: Cache | None) -> Tensor:
+    """Positions of the keys that the layers will see, for queries at position_ids [batch or 1, time]: [.., key].
 
-    mask: what `causal_mask` gave.
+    mask: what `causal_mask` gave; None says that no key is padding. A static cache has more keys than were seen so far.
     """
-    if mask is not None:
-        return mask.shape[-1]
-    return time if past_key_values is None else int(past_key_values.get_mask_sizes(time, 0)[0])
+    time = position_ids.shape[1]
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if mask is None:
+        length = time if past_key_values is None else int(past_key_values.get_mask_sizes(time, 0)[0])
+        return key_positions(position_ids, None, length, past)
+    return key_positions(position_ids, real_keys(attention_mask), mask.shape[-1], past)
 
 
 def real_keys(attention_mask: Any) -> Tensor | None:
@@ -73,9 +78,9 @@ def score_mask(config: PreTrainedConfig, mask: Any, bias: Tensor | None, past: i
         # flex attention indexes every row and head
         return Scores(mask, bias.expand(mask.shape[0], config.num_attention_heads, -1, -1))
     if mask is None:
-        if not getattr(config, "is_causal", True):
-            return Scores(bias)
         query, key = bias.shape[-2:]
+        if not getattr(config, "is_causal", True) or (query == 1 and isinstance(past, int) and key == past + 1):
+            return Scores(bias)  # nothing lies ahead
         rows = torch.arange(query, device=bias.device) + past
         mask = (torch.arange(key, device=bias.device) <= rows[:, None])[None, None]
     elif mask.dtype != torch.bool:

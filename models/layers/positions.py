@@ -30,6 +30,8 @@ def key_positions(positions: Tensor, mask: Tensor | None, length: int, past: int
     if isinstance(past, int) and past == 0 and length == time:
         return positions
     columns = torch.arange(length, device=positions.device)
+    if mask is None and time == 1:
+        return positions + (columns - past)
     new = columns[:time] + past
     if mask is None:
         keys = positions[:, :1] + (columns - past)

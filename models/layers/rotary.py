@@ -73,5 +73,5 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned, kept = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
     first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    turned = torch.addcmul(turned * cos, torch.cat((-second, first), dim=-1), sin)
     return turned if kept is None else torch.cat((turned, kept), dim=-1)

@@ -11,6 +11,14 @@ def sinusoids(positions: Tensor, size: int, base: float = 10_000.0) -> Tensor:
 
     positions [...] of any number type -> [..., size] in float32; an odd `size` ends with a sine.
     """
-    rates = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
-    angles = positions[..., None].float() * rates
+    return waves(positions[..., None].float() * rates(size, base, positions.device), size)
+
+
+def rates(size: int, base: float, device: torch.device | str | None = None) -> Tensor:
+    """base^(-2i / size): [ceil(size / 2)] in float32."""
+    return base ** (-torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
+
+
+def waves(angles: Tensor, size: int) -> Tensor:
+    """Sines and cosines of the angles [..., ceil(size / 2)] in turn: [..., size]."""
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)[..., :size]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from models.positional.encoding import PositionEncoding, distances
+from models.positional.encoding import PositionEncoding, at_distances
 
 
 class DietRel(PositionEncoding):
@@ -27,8 +27,7 @@ class DietRel(PositionEncoding):
         self.scalar = nn.Embedding(self.longest, config.num_attention_heads)
 
     def bias(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-        found = self.scalar.weight.T[:, distances(query, key).clamp(0, self.longest - 1)]
-        return found.transpose(0, 1).to(dtype)
+        return at_distances(self.scalar.weight.T, query, key).to(dtype)
 
 
 class DietAbs(PositionEncoding):

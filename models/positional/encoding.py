@@ -56,6 +56,15 @@ def head_size(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def at_distances(table: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The entries of a table [heads, n] at the distances 0 ... n - 1: [batch or 1, heads, query, key], contiguous rows.
+
+    The future reads the entry of 0, what is farther than n - 1 the last.
+    """
+    found = distances(query, key).clamp(0, table.shape[1] - 1)
+    return table.index_select(1, found.flatten()).unflatten(1, found.shape).transpose(0, 1)
+
+
 def distances(query: Tensor, key: Tensor) -> Tensor:
     """How far each key lies behind each query: [batch or 1, query, key]; negative for the future."""
     return query[:, :, None] - key[:, None, :]

@@ -12,8 +12,8 @@ from transformers.utils.generic import can_return_tuple
 
 from models.layers import attention, turn
 from models.layers.initialisation import SelfInitialised
-from models.layers.masks import causal_mask, key_length, real_keys, score_mask
-from models.layers.positions import default_positions, key_positions
+from models.layers.masks import causal_mask, score_mask, seen_positions
+from models.layers.positions import default_positions
 from models.positional.encoding import PositionEncoding
 from models.positional.modeling import ReadsTokens
 
@@ -164,9 +164,8 @@ class Grafted(ReadsTokens, InitialisesEncoding):
         }
         if self.encoding.biases:
             mask = causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, given)
-            length = key_length(mask, past_key_values, time)
-            self.encoding.check_length(length)
-            keys = key_positions(position_ids, real_keys(attention_mask), length, past)
+            keys = seen_positions(mask, attention_mask, position_ids, past_key_values)
+            self.encoding.check_length(keys.shape[1])
             bias = self.encoding.bias(position_ids, keys, inputs_embeds.dtype)
             scores = score_mask(self.config, mask, bias, past)
             prepared["attention_mask"] = scores.mask

@@ -17,7 +17,7 @@ class PositionalGPT2Attention(GraftedAttention, GPT2Attention):  # type: ignore[
     """`c_attn` is a Conv1D [in, out]: its columns are all of q, all of k, all of v."""
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        split = self.c_attn(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
+        split = self.c_attn(hidden_states).view(*hidden_states.shape[:-1], 3, self.num_heads, self.head_dim)
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind()
         return query, key, value
 

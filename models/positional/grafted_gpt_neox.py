@@ -16,7 +16,8 @@ class PositionalGPTNeoXAttention(GraftedAttention, GPTNeoXAttention):  # type: i
     """`query_key_value` has one group of rows a head: its q, its k, its v."""
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        by_head = self.query_key_value(hidden_states).unflatten(-1, (-1, 3 * self.head_size)).transpose(1, 2)
+        shape = (*hidden_states.shape[:-1], -1, 3 * self.head_size)
+        by_head = self.query_key_value(hidden_states).view(shape).transpose(1, 2)
         query, key, value = by_head.chunk(3, dim=-1)
         return query, key, value
 

@@ -16,9 +16,9 @@ class PositionalLlamaAttention(GraftedAttention, LlamaAttention):  # type: ignor
     """Separate projections; several query heads may share a key and value head."""
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
-            made(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for made in (self.q_proj, self.k_proj, self.v_proj)
+            made(hidden_states).view(shape).transpose(1, 2) for made in (self.q_proj, self.k_proj, self.v_proj)
         )
         return query, key, value
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
 from transformers import initialization as init
 
-from models.layers import ExactBuffers, sinusoids
+from models.layers import ExactBuffers
 from models.layers.masks import real_keys
+from models.layers.sinusoids import rates, waves
 from models.positional.encoding import PositionEncoding
 from models.positional.prefix import with_prefix
 from models.positional.token_tables import CLASSES, LEVELS, TokenTables, neutral_tables, token_tables
@@ -40,6 +41,7 @@ class MathAdaptive(ExactBuffers, PositionEncoding):
     OPTIONS: ClassVar[dict[str, Any]] = {"amplitude": None, "max_depth": 15, "bases": [10_000.0, 1_000.0, 100.0]}
     adds = True
     tables: Tensor
+    rates: Tensor  # [1 + bases, size / 2], of hierarchy and of scales
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
@@ -54,8 +56,13 @@ class MathAdaptive(ExactBuffers, PositionEncoding):
         self.kind = nn.Embedding(len(CLASSES), self.size)
         self.mixing = nn.Parameter(torch.zeros(len(COMPONENTS)))
         self.register_buffer("tables", neutral_tables(config.vocab_size))
+        self.register_buffer("rates", self.fresh_rates(), persistent=False)
+
+    def fresh_rates(self) -> Tensor:
+        return torch.stack([rates(self.size, base) for base in (10_000.0, *self.bases)])
 
     def initialise(self, std: float) -> None:
+        init.copy_(self.rates, self.fresh_rates())
         init.zeros_(self.mixing)
         init.zeros_(self.tables)
 
@@ -72,8 +79,9 @@ class MathAdaptive(ExactBuffers, PositionEncoding):
 
     def look_up(self, input_ids: Tensor) -> TokenTables:
         """Table entries [batch, time] of ids [batch, time]; ids outside the tables (-1 too) are neutral."""
-        known = (input_ids >= 0) & (input_ids < self.tables.shape[1])
-        return TokenTables(*(self.tables[:, input_ids.where(known, 0)] * known))
+        inside = input_ids.clamp(0, self.tables.shape[1] - 1)
+        found = self.tables.index_select(1, inside.flatten()).unflatten(1, inside.shape)
+        return TokenTables(*(found * (inside == input_ids)).unbind())
 
     def add(
         self,
@@ -90,17 +98,18 @@ class MathAdaptive(ExactBuffers, PositionEncoding):
         tokens = self.look_up(input_ids)
         depth, place = self.structure(tokens, attention_mask, past_key_values, inputs_embeds.dtype)
         dtype = inputs_embeds.dtype
-        weights = self.mixing.softmax(-1)
-        hierarchy = sinusoids(place, self.size)
-        scales = torch.stack([sinusoids(position_ids, self.size, base) for base in self.bases]).mean(0)
-        return (
-            inputs_embeds
-            + weights[0] * (self.amplitude * hierarchy).to(dtype)
-            + weights[1] * self.precedence(tokens.precedence)
-            + weights[2] * self.depth(depth)
-            + weights[3] * (self.amplitude * scales).to(dtype)
-            + weights[4] * self.kind(tokens.kind)
+        hierarchy = self.amplitude * waves(place[..., None].float() * self.rates[0], self.size)
+        scales = self.amplitude * waves(position_ids[..., None, None].float() * self.rates[1:], self.size).mean(-2)
+        components = (
+            hierarchy.to(dtype),
+            self.precedence(tokens.precedence),
+            self.depth(depth),
+            scales.to(dtype),
+            self.kind(tokens.kind),
         )
+        for weight, component in zip(self.mixing.softmax(-1).unbind(), components, strict=True):
+            inputs_embeds = torch.addcmul(inputs_embeds, weight, component)
+        return inputs_embeds
 
     def structure(
         self, tokens: TokenTables, attention_mask: Any, past_key_values: Cache | None, dtype: torch.dtype
@@ -108,21 +117,23 @@ class MathAdaptive(ExactBuffers, PositionEncoding):
         """Bracket depth (at most `max_depth`) and place within the innermost bracket, both int64 [batch, time]."""
         time = tokens.opens.shape[1]
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        new = torch.arange(time, device=tokens.opens.device) + past
-        real = real_keys(attention_mask)
-        counted = torch.ones_like(tokens.opens) if real is None else real[:, new].to(tokens.opens)
-        brackets = torch.stack((tokens.opens * counted, tokens.closes * counted, counted), dim=-1)
+        columns = torch.arange(time, device=tokens.opens.device) + past
+        new = slice(past, past + time) if isinstance(past, int) else columns
+        brackets = torch.stack((tokens.opens, tokens.closes, torch.ones_like(tokens.opens)), dim=-1)
+        if (real := real_keys(attention_mask)) is not None:
+            brackets = brackets * real[:, columns, None].to(brackets)  # a mask that is too short raises
         opens, closes, counted = with_prefix(brackets, past_key_values, self.prefix_layer, dtype).unbind(-1)
-        after = (opens - closes).cumsum(1)
-        before = after - opens + closes
-        floor = before.cummin(1).values.clamp(max=0)  # closing what was never opened leaves depth 0
-        depth = before + opens - floor
+        change = opens - closes
+        before = change.cumsum(1) - change
+        outer = before - before.cummin(1).values.clamp(max=0)  # closing what was never opened leaves depth 0
+        depth = outer + opens
         number = counted.cumsum(1)
-        level = torch.arange(self.max_depth + 1, device=depth.device)
-        shown = depth.clamp(max=self.max_depth)
-        opened = (level > (depth - opens)[..., None]) & (level <= depth[..., None])
-        start = torch.where(opened, number[..., None], 0).cummax(1).values.gather(2, shown[..., None])[..., 0]
-        return shown[:, new], (number - start).clamp(min=0)[:, new]
+        level = torch.arange(self.max_depth + 1, device=depth.device)[:, None]
+        opened = (level > outer[:, None]) & (level <= depth[:, None])  # [batch, level, key]
+        latest = torch.where(opened, number[:, None], 0).cummax(2).values[:, :, new]
+        shown = depth[:, new].clamp(max=self.max_depth)
+        start = latest.gather(1, shown[:, None])[:, 0]
+        return shown, (number[:, new] - start).clamp(min=0)
 
 
 def nearest_tokens(inputs_embeds: Tensor, table: Tensor, tolerance: float = 0.01, chunk: int = 256) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from models.layers import ExactBuffers
-from models.positional.encoding import PositionEncoding, distances
+from models.positional.encoding import PositionEncoding, at_distances
 
 
 def buckets(num_buckets: int, max_distance: int) -> Tensor:
@@ -53,6 +53,5 @@ class T5Relative(ExactBuffers, PositionEncoding):
         init.copy_(self.buckets, buckets(self.num_buckets, self.max_distance))
 
     def bias(self, query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-        by_distance = self.weight.weight.T[:, self.buckets]  # [heads, max_distance + 1]
-        found = by_distance[:, distances(query, key).clamp(0, self.max_distance)]
-        return found.transpose(0, 1).to(dtype)
+        by_distance = self.weight.weight.T.index_select(1, self.buckets)  # [heads, max_distance + 1]
+        return at_distances(by_distance, query, key).to(dtype)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from models.layers import Decoder, DecoderForCausalLM, RotaryEmbedding, Scores, key_positions, score_mask
-from models.layers.masks import key_length, real_keys
+from models.layers import Decoder, DecoderForCausalLM, RotaryEmbedding, Scores, score_mask
+from models.layers.masks import seen_positions
 from models.staged.config import StagedConfig
 from models.staged.graph import meanings, routing_bias, with_cached
 from models.staged.temporal import Projector, TokenTable
@@ -70,8 +70,7 @@ class StagedModel(Decoder):
         if not self.config.routes:
             return super().scores(mask, inputs_embeds, position_ids, attention_mask, past_key_values)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        length = key_length(mask, past_key_values, inputs_embeds.shape[1])
-        keys = key_positions(position_ids, real_keys(attention_mask), length, past)
+        keys = seen_positions(mask, attention_mask, position_ids, past_key_values)
         unit = meanings(inputs_embeds[..., : self.config.embed_dim])
         layer = self.config.num_hidden_layers + self.config.units
         bias = routing_bias(position_ids, keys, unit, with_cached(unit, past_key_values, layer), self.config)

@@ -101,6 +101,29 @@ def test_attention_is_softmax_of_scaled_scores(implementation: str, kv_heads: in
     torch.testing.assert_close(attention(x, attention_mask=mask)[0], attention.out(expected))
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_learned_bias_gets_the_gradient_of_sdpa(kv_heads: int) -> None:
+    """Training takes another way through attention than evaluation where the bias is learned."""
+    made = config(num_key_value_heads=kv_heads)
+    attention = SelfAttention(made, 0).double().eval()
+    x = torch.randn(2, 7, 48, dtype=torch.float64)
+    bias = torch.randn(1, 4, 7, 7, dtype=torch.float64, requires_grad=True)
+    mask = score_mask(made, None, bias, 0).mask
+    q, k, v = (part.unflatten(-1, (-1, 12)).transpose(1, 2) for part in attention.qkv(x).split(
+        (48, 12 * kv_heads, 12 * kv_heads), dim=-1
+    ))  # fmt: skip
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    expected = attention.out(plain.transpose(1, 2).flatten(2))
+    found, weights = attention(x, attention_mask=mask)
+    assert weights is None
+    torch.testing.assert_close(found, expected)
+    parts = [bias, attention.qkv.weight]
+    torch.testing.assert_close(
+        torch.autograd.grad(found.square().sum(), parts, retain_graph=True),
+        torch.autograd.grad(expected.square().sum(), parts),
+    )
+
+
 @given(
     batch_size=st.integers(1, 3), heads=st.integers(1, 4), time=st.integers(1, 9), past=st.integers(0, 5),
     seed=st.integers(0, 99), ready=st.sampled_from(["none", "boolean", "additive"]),
@@ -156,6 +179,7 @@ def test_key_positions_continue_those_of_the_queries(
 
 def test_explicit_positions_hold_among_new_tokens() -> None:
     assert key_positions(torch.tensor([[7, 9, 20]]), None, 5, 2).tolist() == [[5, 6, 7, 9, 20]]
+    assert key_positions(torch.tensor([[7], [30]]), None, 3, 2).tolist() == [[5, 6, 7], [28, 29, 30]]
 
 
 @pytest.mark.parametrize("rotated", [1.0, 0.5])
