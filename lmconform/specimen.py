@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lmconform.devices import Device
 
 LARGE = 1 << 30  # bytes of weights from which a copy is announced, and avoided where it can be
-PROBED = (128, 256, 512, 1024)  # tokens, until one is refused, to find a context that nobody states
+PROBED = (128, 256, 512, 1024)  # tokens: the last, then the others until one is refused, where no context is stated
 
 
 class Unavailable(Exception):
@@ -115,14 +115,16 @@ class Specimen:
         stated = structure.context_length(self.module)
         if stated is not None:
             return stated
-        low = 5
-        for high in PROBED:
-            refusal = self._refusal(high)
-            if refusal is not None:
-                break
-            low = high
-        else:
+        low, high = 5, PROBED[-1]
+        refusal = self._refusal(high)
+        if refusal is None:
             return None
+        for time in PROBED[:-1]:
+            refused = self._refusal(time)
+            if refused is not None:
+                high, refusal = time, refused
+                break
+            low = time
         while high - low > 1:
             middle = (low + high) // 2
             refused = self._refusal(middle)
