@@ -53,6 +53,10 @@ class _Loan:
 
     def watch(self, part: nn.Module) -> None:
         part.register_forward_pre_hook(self.begin)
+        hooks = part._forward_pre_hooks
+        for key, hook in list(hooks.items()):
+            if not isinstance(getattr(hook, "__self__", None), _Loan):  # it may derive weights from what is lent
+                hooks[key] = hooks.pop(key)  # to the end
         # before those that stand there: of two loans the later one ends first
         part.register_forward_hook(self.end, prepend=True, always_call=True)
 
@@ -61,23 +65,32 @@ class _Loan:
         if self.calls > 1:
             return
         self.kept = [module._parameters[key] for module, key, _ in self.held]
-        for (module, key, name), weight in zip(self.held, self.kept):
-            slots: dict[str, Any] = module._parameters  # a plain tensor will do
-            slots[key] = self.change(name, weight)
+        try:
+            for (module, key, name), weight in zip(self.held, self.kept):
+                slots: dict[str, Any] = module._parameters  # a plain tensor will do
+                slots[key] = self.change(name, weight)
+        except BaseException:
+            self.give_back()
+            raise
 
     def end(self, part: nn.Module, inputs: Any, output: Any) -> None:
-        self.calls -= 1
-        if self.calls == 0:
-            for (module, key, _), weight in zip(self.held, self.kept):
-                module._parameters[key] = weight
-            self.kept = []
+        if self.calls > 1:
+            self.calls -= 1
+        else:  # 0: a hook before `begin` raised
+            self.give_back()
+
+    def give_back(self) -> None:
+        for (module, key, _), weight in zip(self.held, self.kept):
+            module._parameters[key] = weight
+        self.calls, self.kept = 0, []
 
 
 def _lent_together(module: nn.Module) -> Iterator[tuple[nn.Module, list[tuple[nn.Module, str, str]]]]:
     """The parts that borrow as a whole (layers, and what holds weights outside of them), and the weights of each."""
     names = {id(weight): name for name, weight in module.named_parameters()}
     found = structure.blocks(module)
-    layers = [part for block in (found[1] if found is not None else ()) for part in structure.called(block)]
+    called = [part for block in (found[1] if found is not None else ()) for part in structure.called(block)]
+    layers = list({id(part): part for part in called}.values())  # a block may stand in the list several times
     inside = {id(part) for layer in layers for part in layer.modules()}
     for part in [*layers, *(part for part in module.modules() if id(part) not in inside)]:
         held = [

@@ -111,6 +111,7 @@ class Runner:
         except Unavailable as reason:
             return self._result(check, Status.not_applicable, str(reason))
         except Hang as hang:
+            self.subject.forget_twin()
             text = f"did not end within {self.timeout:g} s and was stopped{_origin(hang)}; --timeout gives it longer"
             return self._result(check, Status.error, text, context.case)
         except RecursionError:
@@ -129,6 +130,7 @@ class Runner:
             with _time_limit(self.timeout), _quiet(self.seed):
                 return self._red(check, context, violation)
         except Hang:
+            self.subject.forget_twin()
             return self._violated(check, violation, None, context.notes)
 
     def _green(self, check: Check, context: Context, note: str = "") -> Result:

@@ -294,7 +294,12 @@ class Specimen:
         return self.weight_bytes > LARGE
 
     def lent(self) -> Specimen:
-        """A copy in the memory of the same weights, for whoever changes none of them; a whole one where that fails."""
+        """A copy of a large model in the memory of its weights, for whoever changes none of them; else a whole one.
+
+        Whole where the model is not large, because a forward may change weights itself (nGPT normalises them).
+        """
+        if not self.is_large:
+            return self.copy()
         try:
             return self._derive(borrowed(self.module))
         except Exception:
@@ -313,14 +318,23 @@ class Specimen:
             self._twin = self._make_twin()
         return self._twin
 
-    def _make_twin(self) -> Specimen | None:
+    def whole_twin(self) -> Specimen | None:
+        """The same with weights of its own, which take gradients; of a large model made anew each time."""
+        return self._make_twin(whole=True) if self.is_large else self.twin()
+
+    def forget_twin(self) -> None:
+        """Drop a borrowed copy that may have been cut off in the middle of a forward."""
+        if self.is_large:
+            self._twin = False
+
+    def _make_twin(self, *, whole: bool = False) -> Specimen | None:
         import torch
 
         if self.dtype == torch.float64:
             return None
         try:
             own = self.logits(self.noise_ids).double()
-            twin = self._widened()
+            twin = self._widened(whole=whole or not self.is_large)
             set_experts = getattr(twin.module, "set_experts_implementation", None)
             if callable(set_experts):  # the grouped kernels take no float64
                 set_experts("eager")
@@ -338,10 +352,10 @@ class Specimen:
             return None
         return twin
 
-    def _widened(self) -> Specimen:
+    def _widened(self, *, whole: bool) -> Specimen:
         import torch
 
-        if not self.is_large:
+        if whole:
             self._afford(self.weight_bytes * 8 // max(1, self.dtype.itemsize), "a float64 copy")
             return self._derive(self._copied_module().to(torch.float64))
         widened = self.changed(lambda name, weight: weight.double() if weight.is_floating_point() else weight)

@@ -42,7 +42,8 @@ def check_correct(subject: Specimen, ctx: Context) -> None:
     import torch
 
     ids = ctx.ids(1, subject.longest(20))
-    wide = without_dropout(subject if subject.dtype == torch.float64 else subject.twin() or cast_to_float64(subject))
+    exact = subject if subject.dtype == torch.float64 else subject.whole_twin() or cast_to_float64(subject)
+    wide = without_dropout(exact)
     weights = projection(wide, ctx, ids)
     with everything_in_float64(wide, ids):
         try:

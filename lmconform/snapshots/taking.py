@@ -69,7 +69,7 @@ def observe(subject: Subject, snapshot: Snapshot, *, announce: Callable[[str], N
 def _opened(subject: Subject, seed: int, announce: Callable[[str], None]) -> tuple[Specimen, Specimen]:
     """The subject in its own dtype, and in float64 (in its own, where it does not run in float64)."""
     native = subject.open(seed=seed, as_loaded=True, announce=announce)
-    return native, native.twin() or native.copy()
+    return native, native.whole_twin() or native.copy()
 
 
 def _dtype(specimen: Specimen) -> str:
