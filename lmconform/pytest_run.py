@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lmconform import __version__
+from lmconform.collector import keeping
 from lmconform.expected import ExpectedError
 from lmconform.options import NAMES, OptionError, Options, make_options, read_ini, require_writable
 from lmconform.registry import Check, UnknownCheck
@@ -93,7 +96,31 @@ class Conformance:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
-        items.extend(session.genitems(Subjects.from_parent(session, name="lm", nodeid="lm", run=self)))
+        made = list(session.genitems(Subjects.from_parent(session, name="lm", nodeid="lm", run=self)))
+        if hasattr(self.config, "workerinput") and self.options.time_budget is None:
+            made.sort(key=self._order_when_stolen)
+        items.extend(made)
+
+    def _order_when_stolen(self, item: pytest.Item) -> tuple[int, bool]:
+        """Subject by subject, and in each those checks first that share a training run.
+
+        What other workers steal is the end of the list: half of a subject's training would train it twice.
+        """
+        if not isinstance(item, ConformanceItem):
+            return len(self.handles), False
+        return self.handles.index(item.handle), item.check.family not in ("training", "collapse")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """`-n` without `--dist`: work is stolen, not dealt out, so that most subjects are built by one worker."""
+        if config.known_args_namespace.dist != "no":
+            return None
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+
+    def pytest_unconfigure(self) -> None:
+        gc.unfreeze()  # what the process does after pytest is not ours
 
     def _handles(self) -> Iterator[SubjectHandle]:
         """The subjects, names made distinct. Raises UsageError before anything is collected."""
@@ -107,7 +134,7 @@ class Conformance:
         taken: set[str] = set()
         for spec in self.specs:
             try:
-                handle = SubjectHandle(spec, self.options)
+                handle = SubjectHandle(spec, self.options, alone=True)
             except (*BAD_USAGE, BuildError) as error:
                 raise pytest.UsageError(f"lmconform: {error}") from error
             if handle.name in taken:
@@ -244,10 +271,14 @@ class ConformanceItem(pytest.Item):
 
 
 class SubjectHandle:
-    """A subject that is built when its first check runs, once in a process; what went wrong then is told once."""
+    """A subject that is built when its first check runs, once in a process; what went wrong then is told once.
 
-    def __init__(self, subject: Any, options: Options) -> None:
+    `alone`: the process is there for the subjects (`--lm`), so that the garbage collector may be told of them.
+    """
+
+    def __init__(self, subject: Any, options: Options, *, alone: bool = False) -> None:
         self.options = options
+        self._alone = alone
         self.backend, self.checks = _backend(subject, options)
         self.spec = self.backend.spec
         self.name = _short(self.spec) if options.isolate else self.backend.name
@@ -266,6 +297,7 @@ class SubjectHandle:
         """The result of one check. A subject that cannot be built fails once and blocks the rest."""
         from lmconform.subject import BuildError
 
+        first = self._started is None
         if self._started is None:
             self._started = time.monotonic()
         spent = time.monotonic() - self._started
@@ -276,7 +308,8 @@ class SubjectHandle:
         if self._broken is not None:
             return Result(check.id, check.family, check.severity, Status.blocked, message=self._broken)
         try:
-            self.backend.open()
+            with keeping() if first and self._alone else nullcontext():
+                self.backend.open()
             return self.backend.run(check)
         except BuildError as error:
             self._broken = f"blocked: {self.name} could not be built"

@@ -55,6 +55,33 @@ def test_workers_give_the_same_verdicts_and_one_ledger(project: pytest.Pytester)
     result.stdout.fnmatch_lines_random(["Sound conforms: 2 passed", "Broken does not conform: 1 passed, 1 failed"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "scheduler"),
+    [((), "WorkStealingScheduling"), (("--dist", "load"), "LoadScheduling")],
+    ids=["by-default", "as-named"],
+)
+def test_workers_steal_unless_told_otherwise(
+    project: pytest.Pytester, arguments: tuple[str, ...], scheduler: str
+) -> None:
+    result = project.runpytest_subprocess("--lm", "own_models:Sound", *CHEAP, "-n", "2", "-v", *arguments)
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines([f"scheduling tests via {scheduler}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [((), "training.optimizer"), (("--lm-time-budget", "60"), "contract.shape")],
+    ids=["shared-work-first", "cheapest-first-within-a-budget"],
+)
+def test_workers_order(project: pytest.Pytester, arguments: tuple[str, ...], first: str) -> None:
+    selected = ("--lm-select", "contract.shape", "--lm-select", "training.optimizer")
+    subjects = ("--lm", "own_models:Sound", "--lm", "own_models:Broken")
+    result = project.runpytest_subprocess(*subjects, *selected, "-n", "1", "-v", *arguments)
+    order = [line.split()[-1] for line in result.outlines if line.startswith("[gw0]")]
+    second = ({"contract.shape", "training.optimizer"} - {first}).pop()
+    assert order == [f"lm::{name}-{check}" for name in ("Sound", "Broken") for check in (first, second)]
+
+
 def test_junit_holds_the_figures(project: pytest.Pytester) -> None:
     project.runpytest("--lm", "own_models:Broken", *CHEAP, "--junitxml", "out.xml")
     text = (project.path / "out.xml").read_text()
