@@ -24,7 +24,7 @@ LEFT_OUT = {
 
 INCIDENTAL = {  # tests that see how a fault was planted rather than what it does wrong
     "test_causal_lm_loss_honors_shift_labels": "`test_causal_lm_loss_honors_shift_labels` to a loss written anew that "
-    "knows no `shift_labels` (for which lmconform has no check), not to what that loss does wrong",
+    "knows no `shift_labels` (in lmconform `loss.shift_labels`), not to what that loss does wrong",
     "test_model_get_set_embeddings": "`test_model_get_set_embeddings` to a module put around the embedding, not to the "
     "future that leaks through it",
 }

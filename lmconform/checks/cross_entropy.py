@@ -38,16 +38,27 @@ def rounding(loss: Tensor, logits: Tensor) -> float:
 
 
 def explain(
-    subject: Specimen, loss: Tensor, logits: Tensor, labels: Tensor, ignored: int, within: float
+    subject: Specimen,
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    ignored: int,
+    within: float,
+    *,
+    shifted: bool | None = None,
 ) -> tuple[str, str]:
-    """Which common mistake gives exactly this loss: the hint, and words for the message. Empty words where none."""
+    """Which common mistake gives exactly this loss: the hint, and words for the message. Empty words where none.
+
+    `shifted`: the model is to shift `labels` itself; by default as its convention says.
+    """
     value = float(loss.detach())
     logits = logits.detach()
     lost, live = token_losses(logits[:, :-1], labels[:, 1:], ignored)
     straight, straight_live = token_losses(logits, labels, ignored)
     twice, twice_live = token_losses(logits[:, :-2], labels[:, 2:], ignored)
     back, back_live = token_losses(logits[:, 1:], labels[:, :-1], ignored)
-    shifted = subject.convention.labels_shifted
+    if shifted is None:
+        shifted = subject.convention.labels_shifted
     if not shifted:  # the caller has shifted: none is right, one is one too many
         lost, live, twice, twice_live = straight, straight_live, lost, live
     rows = lost.sum(-1) / live.sum(-1)

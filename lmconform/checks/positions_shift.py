@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FAR = 4000
 DRIFT_FACTOR = 3.0  # two independent roundings differ by sqrt(2) of one; a collapsed position by tens
+BY_LENGTH = {"dynamic", "longrope"}  # rotary rescalings that change with the length, beyond the original context
 BY_POSITION = (
     "attn_temperature_tuning", "log_scaling_n_floor", "llama_4_scaling_beta", "compress_rates", "index_topk_blocks",
     "absolute_position_scores",
@@ -89,15 +90,15 @@ def _relative(subject: Specimen, ctx: Context, ids: Tensor, positions: Tensor, b
 
 def _room(subject: Specimen, ctx: Context, wanted: int) -> int:
     """Positions within which one set of frequencies holds: dynamic kinds of rescaling change them with the length."""
-    kinds, original = _frequency_kinds(subject.config)
-    if kinds & {"dynamic", "longrope"}:
+    kinds, original = frequency_kinds(subject.config)
+    if kinds & BY_LENGTH:
         if original is None:
             leave(ctx, f"rotary frequencies change with the length ({', '.join(sorted(kinds))})")
         wanted = min(wanted, original)
     return subject.longest(wanted)
 
 
-def _frequency_kinds(config: Any) -> tuple[set[str], int | None]:
+def frequency_kinds(config: Any) -> tuple[set[str], int | None]:
     """Names of the rotary rescalings that the config states, and the context they start from."""
     found: set[str] = set()
     original: int | None = getattr(config, "original_max_position_embeddings", None)
@@ -136,8 +137,8 @@ def check_precision(subject: Specimen, ctx: Context) -> None:
     time = subject.longest(24)
     ids = ctx.ids(4, time)
     near = torch.arange(time, device=ids.device).expand(4, time)
-    kinds, _ = _frequency_kinds(subject.config)
-    if kinds & {"dynamic", "longrope"}:
+    kinds, _ = frequency_kinds(subject.config)
+    if kinds & BY_LENGTH:
         ctx.not_applicable(f"rotary frequencies change with the length ({', '.join(sorted(kinds))})")
     exact = subject.twin() or subject
     absolute = _absolute(exact, ids, near)
