@@ -2,7 +2,8 @@
 
 Writes docs/margins.md: per check the largest margin (measured / allowed) over all sound fixtures and seeds, where it
 was seen, whether any verdict changed from seed to seed, and whether the diagnosis blamed anybody. With --rows FILE
-every run is kept as it ends, and the same command, given again, goes on where it stopped.
+every run is kept as it ends, and the same command, given again, goes on where it stopped: with new checks, too, of
+which each run then lacks no more than those.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Row = tuple[str, str, float | None, float, str]  # check, status, margin, second
 Run = tuple[str, int, list[Row], list[str]]  # subject, seed, rows, causes that the diagnosis named
 
 
-def measure(name: str, seed: int, profile: str, deselect: tuple[str, ...]) -> Run:
-    """One subject under one seed, on one thread."""
+def measure(name: str, seed: int, profile: str, select: tuple[str, ...]) -> Run:
+    """One subject under one seed, on one thread: those checks."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
@@ -35,17 +36,26 @@ def measure(name: str, seed: int, profile: str, deselect: tuple[str, ...]) -> Ru
 
     torch.set_num_threads(1)
     subject = Subject(lambda: build(name, torch.initial_seed() % (1 << 31)), name=name)
-    report = check_model(subject, profile=profile, seed=seed, deselect=deselect)
+    report = check_model(subject, profile=profile, seed=seed, select=select)
     rows = [(r.id, r.status.value, r.margin, r.seconds, r.message.partition("\n")[0]) for r in report.results]
     return name, seed, rows, [cause.id for cause in report.causes]
 
 
 def kept(path: Path | None) -> list[Run]:
-    """The runs of an earlier call; a last line that was cut off is dropped."""
+    """The runs of earlier calls; a last line that was cut off is dropped."""
     if path is None or not path.exists():
         return []
     whole = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [(name, seed, [tuple(row) for row in rows], causes) for name, seed, rows, causes in map(json.loads, whole)]
+
+
+def joined(runs: list[Run]) -> list[Run]:
+    """One run a subject and seed, of all that was measured of it."""
+    together: dict[tuple[str, int], Run] = {}
+    for name, seed, rows, causes in runs:
+        *_, had, blamed = together.get((name, seed), (name, seed, [], []))
+        together[name, seed] = (name, seed, [*had, *rows], [*blamed, *causes])
+    return list(together.values())
 
 
 def page(done: list[Run], command: str, seeds: int, seconds: float) -> str:
@@ -88,6 +98,7 @@ def page(done: list[Run], command: str, seeds: int, seconds: float) -> str:
 
 def main() -> None:
     from fixtures.subjects import SOUND
+    from lmconform.registry import select_checks
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=50)
@@ -101,10 +112,16 @@ def main() -> None:
     started = time.monotonic()
     left_out = tuple(filter(None, options.deselect.split(",")))
     done = kept(options.rows)
-    have = {(name, seed) for name, seed, *_ in done}
-    wanted = [(name, seed) for seed in range(options.seeds) for name in SOUND if (name, seed) not in have]
+    have = {(name, seed): {row[0] for row in rows} for name, seed, rows, _ in joined(done)}
+    selected = [check.id for check in select_checks(options.profile, (), left_out)]
+    wanted = [
+        (name, seed, missing)
+        for seed in range(options.seeds)
+        for name in SOUND
+        if (missing := tuple(id for id in selected if id not in have.get((name, seed), set())))
+    ]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(measure, *item, options.profile, left_out) for item in wanted]
+        futures = [pool.submit(measure, name, seed, options.profile, missing) for name, seed, missing in wanted]
         for future in as_completed(futures):
             if future.cancelled():
                 continue
@@ -114,6 +131,7 @@ def main() -> None:
                     file.write(json.dumps(done[-1]) + "\n")
             if time.monotonic() - started > options.minutes * 60:
                 pool.shutdown(wait=False, cancel_futures=True)
+    done = joined(done)
     count = {seed: sum(run[1] == seed for run in done) for seed in range(options.seeds)}
     done = sorted(run for run in done if count[run[1]] == len(SOUND))  # whole seeds only
     seeds = len(done) // len(SOUND)

@@ -181,17 +181,23 @@ def _owner(module: nn.Module, name: str) -> nn.Module:
 
 
 def _one_place(subject: Specimen, names: list[str]) -> bool:
-    """Whether the names lead to one module that a forward calls once: two paths to it, no layer repeated."""
-    owners = {_owner(subject.module, name) for name in names}
-    if len(owners) > 1:
-        return False
-    calls: list[int] = []
-    hook = owners.pop().register_forward_pre_hook(lambda module, args: calls.append(1))
-    try:
-        subject.logits(subject.probe_ids())
-    finally:
-        hook.remove()
-    return len(calls) == 1  # none: others read its weights without calling it, in as many places as they like
+    """Whether the names lead to one module that a forward calls once: several paths to it, no layer repeated.
+
+    Where nobody calls it, others read its weights: whatever holds it, if that is one module, is looked at instead.
+    """
+    paths = [name.rpartition(".")[0] for name in names]
+    while all(paths) and len({subject.module.get_submodule(path) for path in paths}) == 1:
+        calls: list[int] = []
+        held = subject.module.get_submodule(paths[0])
+        hook = held.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
+        try:
+            subject.logits(subject.probe_ids())
+        finally:
+            hook.remove()
+        if calls:
+            return len(calls) == 1
+        paths = [path.rpartition(".")[0] for path in paths]
+    return False
 
 
 def declared_ties(module: nn.Module) -> list[str]:

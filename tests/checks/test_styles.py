@@ -279,9 +279,49 @@ class OneLayerTwice(FloatMask):
         self.layers = nn.ModuleList([self.layers[0]] * 2)
 
 
-def test_two_names_for_one_layer_are_no_repeated_layer() -> None:
-    assert verdict(Subject(TwoNames), "gradients.registered").status == "passed"
-    assert verdict(Subject(OneLayerTwice), "gradients.registered").status == "failed"
+class ReadWeights(nn.Module):
+    """Computes a norm from the weights of the module it wraps, as a bridge between two libraries does."""
+
+    def __init__(self, wrapped: nn.LayerNorm) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.wrapped.normalized_shape, self.wrapped.weight, self.wrapped.bias)
+
+
+class TwoNamesForReadWeights(FloatMask):
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer.ln1 = ReadWeights(layer.ln1)
+        self.norms = nn.ModuleList(layer.ln1 for layer in self.layers)
+
+
+class OneNormTwice(TwoNamesForReadWeights):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1].ln1 = self.layers[0].ln1
+
+
+class OneNormReadTwice(TwoNamesForReadWeights):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1].ln1.wrapped = self.layers[0].ln1.wrapped
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        (TwoNames, "passed"),
+        (OneLayerTwice, "failed"),
+        (TwoNamesForReadWeights, "passed"),
+        (OneNormTwice, "failed"),
+        (OneNormReadTwice, "failed"),
+    ],
+)
+def test_two_names_for_one_layer_are_no_repeated_layer(kind: type[nn.Module], status: str) -> None:
+    assert verdict(Subject(kind), "gradients.registered").status == status
 
 
 def test_an_own_generate_is_told_not_to_wait_for_eos(capsys: pytest.CaptureFixture[str]) -> None:
