@@ -62,14 +62,13 @@ def _versions() -> str:
 
 
 def _part(fault: Fault) -> str:
-    if fault.id in last():
-        return "held out"
-    return "tuning half" if tuning(fault) else "held-back half"
+    return last().get(fault.id) or ("tuning half" if tuning(fault) else "held-back half")
 
 
 def _parts(judged: list[Judged]) -> dict[str, list[Judged]]:
-    names = ("tuning half", "held-back half", "held out")
-    return {name: [one for one in judged if _part(one.fault) == name] for name in names}
+    names = ("tuning half", "held-back half", *dict.fromkeys(last().values()))
+    parts = {name: [one for one in judged if _part(one.fault) == name] for name in names}
+    return {name: part for name, part in parts.items() if part}
 
 
 def _summary(judged: list[Judged], rows: dict[str, dict[str, Any]], pairs: dict[str, tuple[Fault, Fault]]) -> list[str]:
@@ -115,18 +114,16 @@ def _summary(judged: list[Judged], rows: dict[str, dict[str, Any]], pairs: dict[
         "expect of faults nobody has planted. Their errors were then mended, too; the table shows what stands now, and "
         "the weights are still those of the tuning half.",
     ]
-    late = _data()["held_out"]
-    lines += [
-        "",
-        f"**The faults held out** (`fixtures/faults/held_out.py`) were written last, {late['faults']} of them, most on "
-        "architectures and by mechanisms that the set did not have, and measured once before anything was changed for "
-        f"them: {late['red']} turned something red, {late['told']} a check that had been named beforehand; the cause "
-        f"was named first for {late['first']:.1%} of all (95 % interval {late['first_interval'][0]:.1%} to "
-        f"{late['first_interval'][1]:.1%}), among the first three for {late['three']:.1%} "
-        f"({late['three_interval'][0]:.1%} to {late['three_interval'][1]:.1%}), the unseen ones counted as wrong. This "
-        "is the figure for faults of a new kind. What was missed was then mended where a measurement can tell it. "
-        f"{' '.join(late['taken_out'].split())}",
-    ]
+    for late in _data()["held_out"]:
+        lines += [
+            "",
+            f"**{late['title']}** (`{late['file']}`) were written last, {late['faults']} of them, {late['what']}, and "
+            f"measured once before anything was changed for them: {late['red']} turned something red, {late['told']} a "
+            f"check that had been named beforehand; the cause was named first for {late['first']:.1%} of all (95 % "
+            f"interval {late['first_interval'][0]:.1%} to {late['first_interval'][1]:.1%}), among the first three for "
+            f"{late['three']:.1%} ({late['three_interval'][0]:.1%} to {late['three_interval'][1]:.1%}), the unseen "
+            f"ones counted as wrong. {' '.join(late['afterwards'].split())}",
+        ]
     both = named_both(pairs, rows)
     if both:
         hits = sum(both.values())

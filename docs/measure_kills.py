@@ -143,12 +143,12 @@ def measure(ids: list[str], file: Path, seed: int, profile: str, jobs: int, minu
 
     False where the minutes were over before all were measured: the next call goes on there.
     """
-    from fixtures.subjects import SOUND as SOUND_HOSTS
+    from fixtures.faults import all_faults
 
     ends = time.monotonic() + 60 * minutes
     rows = read(file)
     known: dict[str, dict[str, Any]] = {}
-    for host in SOUND_HOSTS:
+    for host in sorted({fault.host for fault in all_faults()}):
         if SOUND + host not in rows:
             rows[SOUND + host] = append(file, attempted(SOUND + host, seed, profile, {}))
         known[host] = {result["id"]: result for result in rows[SOUND + host]["results"]}

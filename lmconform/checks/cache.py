@@ -217,20 +217,36 @@ def _compare_chunks(subject: Specimen, ctx: Context, sizes: Sequence[int], masks
     if decoded.shape == whole.shape:
         bad = (decoded.double() - whole.double()).abs().nan_to_num(nan=float("inf")).amax(dim=(0, 2))
         wrong = (bad > tolerance.allowed(subject.noise, whole)).nonzero().flatten().tolist()
-        hint = _likely(wrong, starts, sizes, subject.window, known_leak(subject))
+        if wrong and wrong[0] < sizes[0]:
+            hint = known_leak(subject) or _carried(subject, ids[:, : sizes[0]], whole)
+        hint = hint or _likely(wrong, starts, sizes, subject.window)
     shown = "+".join(map(str, sizes[:8])) + ("+..." if len(sizes) > 8 else "")
     ctx.equal(decoded, whole, f"{message} differ from one forward over the whole", where=f"chunks {shown}", hint=hint)
 
 
-def _likely(
-    wrong: Sequence[int], starts: Sequence[int], sizes: Sequence[int], window: int | None, leak: str = ""
-) -> str:
-    """What the set of wrong positions points to; `leak` is what is known of plain calls that see the future."""
+def _carried(subject: Specimen, ids: Tensor, whole: Tensor) -> str:
+    """Whether two calls with use_cache=True, neither given a cache, answer the same: else one is left over."""
+    try:
+        first, again = (subject.forward(ids, use_cache=True).logits for _ in range(2))
+        moved = float((first.double() - again.double()).abs().nan_to_num(nan=float("inf")).max())
+    except Exception:  # what is left over grows until it no longer fits
+        moved = float("inf")
+    if moved <= tolerance.allowed(subject.noise, whole):
+        return ""
+    return Hint(
+        "two calls with use_cache=True that were given no cache differ: what the first left behind is read again (a "
+        "default argument such as past_key_values=[] is one list for all calls, or the cache is kept on the module)",
+        "state.carried_over",
+    )
+
+
+def _likely(wrong: Sequence[int], starts: Sequence[int], sizes: Sequence[int], window: int | None) -> str:
+    """What the set of wrong positions points to."""
     if not wrong:
         return ""
     first = wrong[0]
     if first < sizes[0]:
-        return leak or Hint(
+        return Hint(
             "already the first chunk differs, on no past at all: use_cache=True takes another path",
             "mask.off_by_one",
             "mask.missing",

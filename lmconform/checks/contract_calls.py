@@ -11,6 +11,7 @@ from lmconform.cases import Choice
 from lmconform.checks.first_block import constant_inputs
 from lmconform.context import Hint
 from lmconform.conventions import ConventionError, first_line, shapes
+from lmconform.measuring.generating import Generator
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -140,10 +141,11 @@ def _leaves(given: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 @register_check(
     "contract.mode_kept",
-    holds="train/eval mode, RNG state in eval, requires_grad, grad mode and default dtype are as before the call",
+    holds="train/eval mode, RNG state in eval, requires_grad, grad mode and default dtype are as before the call; "
+    "train/eval mode after generate(), too",
     profile="smoke",
-    space={"mode": Choice("eval", "train", "mixed", "no_grad")},
-    grid=({"mode": "eval"}, {"mode": "train"}, {"mode": "mixed"}, {"mode": "no_grad"}),
+    space={"mode": Choice("eval", "train", "mixed", "no_grad", "generate_eval", "generate_train")},
+    grid=tuple({"mode": mode} for mode in ("eval", "train", "mixed", "no_grad", "generate_eval", "generate_train")),
 )
 def check_mode_kept(subject: Specimen, ctx: Context) -> None:
     """All in eval, all in train, and every second submodule in eval (a frozen part): each must stay as it was."""
@@ -160,6 +162,9 @@ def check_mode_kept(subject: Specimen, ctx: Context) -> None:
     # an earlier call may already have left its mark: start from a default of our own
     dtype = torch.float64 if subject.dtype == torch.float64 else torch.float32
     for case in ctx.cases():
+        if case.mode.startswith("generate"):
+            _check_generate_keeps_mode(copied, ctx, train=case.mode == "generate_train")
+            continue
         module.train(case.mode in ("train", "mixed"))
         if case.mode == "mixed":
             for part in list(module.modules())[1::2]:
@@ -219,6 +224,30 @@ def check_mode_kept(subject: Specimen, ctx: Context) -> None:
                         "dropout.in_eval",
                     ),
                 )
+
+
+def _check_generate_keeps_mode(copied: Specimen, ctx: Context, *, train: bool) -> None:
+    if not copied.can("gen"):
+        return
+    module = copied.module
+    module.train(train)
+    modes = {name: part.training for name, part in module.named_modules()}
+    try:
+        Generator(copied, mode_as_found=True).as_users_call(ctx.ids(2, copied.longest(8) - 2), 2, sample=False)
+    except Exception:  # what generate() cannot do is for the family generation to say
+        return
+    if switched := [name for name, part in module.named_modules() if modes.get(name, part.training) != part.training]:
+        was, now = ("train", "eval") if train else ("eval", "train")
+        ctx.fail(
+            f"generate() switched {len(switched)} of {len(modes)} modules from {was} to {now} mode",
+            where=switched[0] or "the model itself",
+            hint=Hint(
+                "it calls eval() before and train() after, whatever was before, or never undoes one of them: a sample "
+                "drawn while training or evaluating leaves dropout off or on. Keep self.training first and end with "
+                "self.train(kept), or leave the mode to the caller",
+                "mode.not_restored",
+            ),
+        )
 
 
 def _random_states() -> dict[str, bytes]:

@@ -133,6 +133,17 @@ def explain(
             Hint("a logarithm to base 2; optimizers and thresholds expect nats", "loss.normalisation"),
         ),
     ]
+    scores, wanted = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
+    crossed, crossed_live = token_losses(scores.transpose(0, 1).flatten(0, 1), wanted.flatten(), ignored)
+    candidates.append((
+        crossed.sum() / crossed_live.sum(),
+        "it equals the one that takes logits time step by time step and labels row by row",
+        Hint(
+            "logits [time, batch, vocab] and labels [batch, time] are flattened as they lie: right for one row; bring "
+            "both into one order first",
+            "loss.misaligned",
+        ),
+    ))  # fmt: skip
     for name, token in structure.special_ids(subject.module).items():
         kept = live & ((labels[:, 1:] if shifted else labels) != token)
         candidates.append((

@@ -63,10 +63,14 @@ class Beams:
 
 
 class Generator:
-    """generate() of one subject. New tokens only come back, [batch, time]; the prompt is cut off."""
+    """generate() of one subject. New tokens only come back, [batch, time]; the prompt is cut off.
 
-    def __init__(self, subject: Specimen) -> None:
+    The model is put into eval mode first, but with `mode_as_found`.
+    """
+
+    def __init__(self, subject: Specimen, *, mode_as_found: bool = False) -> None:
         self.subject = subject
+        self.mode_as_found = mode_as_found
         self.holder = type(subject.module).__name__
         parameters = inspect.signature(subject.module.generate).parameters  # type: ignore[arg-type]
         self.hugging_face = "generation_config" in parameters
@@ -174,7 +178,7 @@ class Generator:
             controls["stop_at_eos"] = False  # without a tokenizer there is none that it could know
         keywords = {self.names.get(name, name): value for name, value in controls.items()}
         module = self.subject.module
-        if module.training:
+        if module.training and not self.mode_as_found:
             module.eval()
         with torch.no_grad(), _silence(), _own_config(module, inherit or not self.hugging_face):
             made = module.generate(ids, **keywords)  # type: ignore[operator]
