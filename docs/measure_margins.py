@@ -2,8 +2,8 @@
 
 Writes docs/margins.md: per check the largest margin (measured / allowed) over all sound fixtures and seeds, where it
 was seen, whether any verdict changed from seed to seed, and whether the diagnosis blamed anybody. With --rows FILE
-every run is kept as it ends, and the same command, given again, goes on where it stopped: with new checks, too, of
-which each run then lacks no more than those.
+every run is kept as it ends, and the same command, given again, goes on where it stopped; where there are new checks,
+it runs those alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -123,17 +123,16 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(measure, name, seed, options.profile, missing) for name, seed, missing in wanted]
         for future in as_completed(futures):
-            if future.cancelled():
-                continue
             done.append(future.result())
             if options.rows is not None:
                 with options.rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(done[-1]) + "\n")
             if time.monotonic() - started > options.minutes * 60:
-                pool.shutdown(wait=False, cancel_futures=True)
-    done = joined(done)
-    count = {seed: sum(run[1] == seed for run in done) for seed in range(options.seeds)}
-    done = sorted(run for run in done if count[run[1]] == len(SOUND))  # whole seeds only
+                pool.shutdown(cancel_futures=True)
+                break
+    whole = [run for run in joined(done) if {row[0] for row in run[2]} >= set(selected)]
+    count = Counter(run[1] for run in whole if run[1] < options.seeds)
+    done = sorted(run for run in whole if count[run[1]] == len(SOUND))  # whole seeds only
     seeds = len(done) // len(SOUND)
     seconds = sum(row[3] for _, _, rows, _ in done for row in rows)
     command = f"python docs/measure_margins.py --seeds {options.seeds} --profile {options.profile}"

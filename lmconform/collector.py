@@ -1,25 +1,33 @@
-"""Keeping Python's cyclic garbage collector away from what lives to the end."""
+"""Keeping Python's cyclic garbage collector away from what torch and transformers leave to the end of the process."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib
+import sys
+from pathlib import Path
 
 
-@contextmanager
-def keeping() -> Iterator[None]:
-    """Within, nothing is collected; at the end once, and what is alive then no later collection walks (`gc.freeze`).
+def import_frameworks(spec: str) -> None:
+    """Import what the subject of that SPEC will import anyway, and have no later collection walk it (`gc.freeze`).
 
-    For the build of a subject, in a process that is there for its checks: torch and transformers leave a million
-    objects, and to walk them again and again is a tenth of a default run.
+    That is torch, and transformers for a SPEC of its own. They leave half a million objects, and to walk these again
+    and again is a tenth of a default run. While they are imported nothing is collected; building is left alone, for a
+    builder may make garbage of its own. For processes that are there for their subjects: what else is alive now is
+    kept as well, until `gc.unfreeze`.
     """
+    wanted = ["torch"]
+    if spec.startswith("transformers:") or ":" not in spec or Path(spec).is_dir():
+        wanted.append("transformers.modeling_utils")
+    if all(name in sys.modules for name in wanted):
+        return
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
-    finally:
+        for name in wanted:
+            importlib.import_module(name)
         gc.collect()
         gc.freeze()
+    finally:
         if enabled:
             gc.enable()

@@ -8,14 +8,13 @@ import gc
 import time
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lmconform import __version__
-from lmconform.collector import keeping
+from lmconform.collector import import_frameworks
 from lmconform.expected import ExpectedError
 from lmconform.options import NAMES, OptionError, Options, make_options, read_ini, require_writable
 from lmconform.registry import Check, UnknownCheck
@@ -42,6 +41,14 @@ def begin(config: pytest.Config) -> None:
     except BAD_USAGE as error:
         raise pytest.UsageError(f"lmconform: {error}") from error
     config.pluginmanager.register(run, "lmconform-run")
+    _steal_work(config)
+
+
+def _steal_work(config: pytest.Config) -> None:
+    """`-n` and no word of how to distribute: xdist's workers steal, so that most subjects are built by one of them."""
+    named = config.known_args_namespace
+    if getattr(named, "numprocesses", None) and named.dist == "no" and not named.distload:
+        config.option.dist = "worksteal"
 
 
 def _options(config: pytest.Config) -> Options:
@@ -98,26 +105,18 @@ class Conformance:
     def pytest_collection_modifyitems(self, session: pytest.Session, items: list[pytest.Item]) -> None:
         made = list(session.genitems(Subjects.from_parent(session, name="lm", nodeid="lm", run=self)))
         if hasattr(self.config, "workerinput") and self.options.time_budget is None:
-            made.sort(key=self._order_when_stolen)
+            made.sort(key=self._order_for_workers)
         items.extend(made)
 
-    def _order_when_stolen(self, item: pytest.Item) -> tuple[int, bool]:
-        """Subject by subject, and in each those checks first that share a training run.
+    def _order_for_workers(self, item: pytest.Item) -> tuple[int, int]:
+        """Subject by subject, in each its contract first and then those checks that share a training run.
 
         What other workers steal is the end of the list: half of a subject's training would train it twice.
         """
         if not isinstance(item, ConformanceItem):
-            return len(self.handles), False
-        return self.handles.index(item.handle), item.check.family not in ("training", "collapse")
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
-        """`-n` without `--dist`: work is stolen, not dealt out, so that most subjects are built by one worker."""
-        if config.known_args_namespace.dist != "no":
-            return None
-        from xdist.scheduler import WorkStealingScheduling
-
-        return WorkStealingScheduling(config, log)
+            return len(self.handles), 0
+        early = {"contract": 0, "training": 1, "collapse": 1}
+        return self.handles.index(item.handle), early.get(item.check.family, 2)
 
     def pytest_unconfigure(self) -> None:
         gc.unfreeze()  # what the process does after pytest is not ours
@@ -134,7 +133,7 @@ class Conformance:
         taken: set[str] = set()
         for spec in self.specs:
             try:
-                handle = SubjectHandle(spec, self.options, alone=True)
+                handle = SubjectHandle(spec, self.options)
             except (*BAD_USAGE, BuildError) as error:
                 raise pytest.UsageError(f"lmconform: {error}") from error
             if handle.name in taken:
@@ -240,6 +239,8 @@ class ConformanceItem(pytest.Item):
         self.entry: dict[str, Any] | None = None
 
     def runtest(self) -> None:
+        if not self.handle.options.isolate:
+            import_frameworks(self.handle.spec)
         result = self.handle.run(self.check)
         self.entry = {"spec": self.handle.spec, "meta": self.handle.meta(), "result": result.to_dict()}
         for key in ("id", "status", "severity", "measured", "allowed", "margin", "where", "repro"):
@@ -271,14 +272,10 @@ class ConformanceItem(pytest.Item):
 
 
 class SubjectHandle:
-    """A subject that is built when its first check runs, once in a process; what went wrong then is told once.
+    """A subject that is built when its first check runs, once in a process; what went wrong then is told once."""
 
-    `alone`: the process is there for the subjects (`--lm`), so that the garbage collector may be told of them.
-    """
-
-    def __init__(self, subject: Any, options: Options, *, alone: bool = False) -> None:
+    def __init__(self, subject: Any, options: Options) -> None:
         self.options = options
-        self._alone = alone
         self.backend, self.checks = _backend(subject, options)
         self.spec = self.backend.spec
         self.name = _short(self.spec) if options.isolate else self.backend.name
@@ -297,7 +294,6 @@ class SubjectHandle:
         """The result of one check. A subject that cannot be built fails once and blocks the rest."""
         from lmconform.subject import BuildError
 
-        first = self._started is None
         if self._started is None:
             self._started = time.monotonic()
         spent = time.monotonic() - self._started
@@ -308,8 +304,7 @@ class SubjectHandle:
         if self._broken is not None:
             return Result(check.id, check.family, check.severity, Status.blocked, message=self._broken)
         try:
-            with keeping() if first and self._alone else nullcontext():
-                self.backend.open()
+            self.backend.open()
             return self.backend.run(check)
         except BuildError as error:
             self._broken = f"blocked: {self.name} could not be built"

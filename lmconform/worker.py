@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from lmconform.collector import keeping
+from lmconform.collector import import_frameworks
 from lmconform.conventions import first_line
 from lmconform.devices import lies_in_memory
 from lmconform.expected import ExpectedError
@@ -62,13 +62,13 @@ class _Worker:
         sys.path += [entry for entry in setup["path"] if entry not in sys.path]
         options = Options(**setup["options"])
         try:
-            with keeping():
-                import torch
+            import_frameworks(setup["spec"])
+            import torch
 
-                self.emit("ready")
-                limit_memory(options, setup["spec"])
-                session = Session(setup["spec"], options, announce=lambda text: self.emit("announce", text=text))
-                runner = session.open()
+            self.emit("ready")
+            limit_memory(options, setup["spec"])
+            session = Session(setup["spec"], options, announce=lambda text: self.emit("announce", text=text))
+            runner = session.open()
         except BaseException as error:
             self._refuse(error, setup["spec"])
             return

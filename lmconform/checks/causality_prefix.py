@@ -28,11 +28,13 @@ CAUSE = "position.depends_on_length"
     requires=(*COMPARES_LOGITS, "causality.no_future_leak"),
     space={"time": Span(2, 128), "prefix": Span(1, 127), "mask": Choice("none", "ones")},
     grid=(
+        {"time": 66, "prefix": 1, "mask": "none"},
         {"time": 66, "prefix": 9, "mask": "none"},
         {"time": 66, "prefix": 33, "mask": "none"},
         {"time": 66, "prefix": 65, "mask": "none"},
         {"time": 34, "prefix": 1, "mask": "ones"},
         {"time": 34, "prefix": 17, "mask": "ones"},
+        {"time": 128, "prefix": 33, "mask": "none"},
         {"time": 128, "prefix": 127, "mask": "none"},
     ),
 )
@@ -90,8 +92,8 @@ def _hint(subject: Specimen, ids: Tensor, prefix: int, mask: str, moved: Tensor)
     """Where the length comes in: by default positions, by what each token is made of, or by attention."""
     begins = _first_length(subject, ids, prefix, mask)
     from_length = (
-        f"; up to {begins - 1} tokens the prefix is right, from {begins} on another path is taken (a table, a kernel, "
-        "frequencies rescaled beyond a length)"
+        f"; {begins - 1} tokens leave the first {prefix} as they are, {begins} change them: another path is taken "
+        "there (a table, a kernel, padding to a multiple, frequencies rescaled beyond a length)"
         if begins > prefix + 1
         else ""
     )
@@ -108,10 +110,16 @@ def _hint(subject: Specimen, ids: Tensor, prefix: int, mask: str, moved: Tensor)
             f"where shape[-1] is meant){from_length}",
             CAUSE,
         )
+    if len(moved) > 1 and not bool(moved[:-1].any()):
+        return Hint(
+            f"the prefix's last token alone changes: the last position of a text is computed in a way of its own"
+            f"{from_length}",
+            CAUSE,
+        )
     return Hint(
-        "the first token does not change, later ones do, so the length comes in where tokens attend to each other: "
-        "scores scaled by it (log(n), 1/n, the square root of time for that of the head's width), a bias or rotary "
-        f"angles stretched over it{from_length}",
+        "the first token does not change, later ones do, so the length comes in where tokens meet: scores scaled by it "
+        "(log(n), 1/n, the square root of time for that of the head's width), a bias or rotary angles stretched over "
+        f"it, or the capacity of experts{from_length}",
         CAUSE,
     )
 

@@ -61,6 +61,7 @@ def explain(
         shifted = subject.convention.labels_shifted
     if not shifted:  # the caller has shifted: none is right, one is one too many
         lost, live, twice, twice_live = straight, straight_live, lost, live
+    right = "logits[:, :-1] with labels[:, 1:]" if shifted else "logits with the shifted labels, position by position"
     rows = lost.sum(-1) / live.sum(-1)
     candidates: list[tuple[Any, str, str]] = []
     if shifted:
@@ -71,6 +72,16 @@ def explain(
                 "position t must be compared with label t + 1: logits[:, :-1] with labels[:, 1:]; as it stands the "
                 "model learns to copy its input",
                 "loss.unshifted",
+            ),
+        ))  # fmt: skip
+    else:
+        candidates.append((
+            straight[:, :-1].sum() / straight_live[:, :-1].sum(),
+            "it equals the one without the last position",
+            Hint(
+                "labels that are shifted already have one for the last position too: compare logits and labels as they "
+                "stand, cut off nothing",
+                "loss.shift_labels_ignored",
             ),
         ))  # fmt: skip
     candidates += [
@@ -86,7 +97,7 @@ def explain(
             back.sum() / back_live.sum(),
             "it equals the one shifted the wrong way",
             Hint(
-                "position t is compared with label t - 1, which it has seen: logits[:, :-1] with labels[:, 1:]",
+                f"position t is compared with label t - 1, which it has seen: {right}",
                 "loss.unshifted",
             ),
         ),
@@ -161,8 +172,8 @@ def explain(
             return hint, f": {what}"
     return (
         Hint(
-            "compare forward()'s loss with F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()): "
-            f"look for label smoothing, a scaled or a second loss term, or labels {ignored} that count",
+            f"compare forward()'s loss with F.cross_entropy of {right}, flattened: look for label smoothing, a "
+            f"scaled or a second loss term, or labels {ignored} that count",
             "loss.normalisation",
             "loss.smoothing_wrong",
             "loss.ignore_index",

@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-NAME = "shift_labels"
+NAME, ITEMS = "shift_labels", "num_items_in_batch"
 
 
 @register_check(
     "loss.shift_labels",
-    holds="labels given as shift_labels are compared with the logits without another shift, and normalised as labels "
-    "are, where the model takes them",
+    holds="labels that come shifted already, as shift_labels, are compared with the logits as they stand",
     needs=("labels",),
     profile="smoke",
     requires=("loss.reference",),
@@ -36,11 +35,14 @@ def check_shift_labels(subject: Specimen, ctx: Context) -> None:
     transformers' Trainer passes them beside `labels` where a text is spread over several ranks (context and sequence
     parallelism): a rank that shifts its own part loses the label of its last token. Other labels stand beside them,
     which must not count, or, as DeepSpeed does it, the same once more. With num_items_in_batch the loss is the sum
-    divided by it, if it is with labels. Source: transformers pull requests 36607 and 48493, issue 48491.
+    divided by it, if it is with labels; a loss that has no use for keywords at all is left alone. Source: transformers
+    pull requests 36607 and 48493, issue 48491.
     """
     named, _, open_keywords = parameters_of(subject.module)
     if NAME not in named and not open_keywords:
         ctx.not_applicable(f"{type(subject.module).__name__}.forward() takes no {NAME}")
+    if NAME in named and isinstance(named[NAME].default, bool):
+        ctx.not_applicable(f"{NAME} is a switch here, {named[NAME].default} by default")
     ignored = ignored_label(subject, ctx)
     for case in ctx.cases():
         ids = ctx.ids(case.batch, subject.longest(case.time))
@@ -48,10 +50,10 @@ def check_shift_labels(subject: Specimen, ctx: Context) -> None:
         beside = ids if case.beside == "others" else given
         try:
             loss, logits = net_loss(subject, ctx, ids, beside, extra={NAME: given})
-        except TypeError as error:
-            if NAME in named:
+        except Exception as error:  # the same call without them is right: loss.reference
+            if NAME in named and not isinstance(error, ValueError | NotImplementedError):
                 raise
-            ctx.not_applicable(f"{NAME} is refused: {first_line(error)}")
+            ctx.not_applicable(f"{NAME} is refused: {type(error).__name__}: {first_line(error)}")
             return
         expected = cross_entropy(logits, given, False, ignored)
         allowed = rounding(loss, logits)
@@ -59,8 +61,8 @@ def check_shift_labels(subject: Specimen, ctx: Context) -> None:
         if not difference <= allowed:
             unheard = float(cross_entropy(logits, beside, subject.convention.labels_shifted, ignored))
             if abs(float(loss) - unheard) <= allowed:
-                if NAME not in named and not hasattr(subject.module, "main_input_name"):
-                    ctx.not_applicable(f"forward() takes **kwargs and has no use for {NAME}")
+                if NAME not in named and not _divided_by_items(subject, ctx, ids, ignored):
+                    ctx.not_applicable("forward() takes **kwargs and has no use for them in its loss")
                 hint, what = _ignored_hint(), ": they are taken and ignored"
             else:
                 hint, what = explain(subject, loss, logits, given, ignored, 4 * allowed, shifted=False)
@@ -84,31 +86,37 @@ def _ignored_hint() -> str:
     )
 
 
+def _divided_by_items(subject: Specimen, ctx: Context, ids: Tensor, ignored: int) -> bool:
+    """Whether the loss of plain labels is their sum divided by num_items_in_batch, as Trainer has it."""
+    items = 3 * ids.numel()
+    try:
+        loss, logits = net_loss(subject, ctx, ids, ids, extra={ITEMS: items})
+    except Exception:  # refused
+        return False
+    shifted = subject.convention.labels_shifted
+    return abs(float(loss) - _by_items(logits, ids, shifted, ignored, items)) <= rounding(loss, logits)
+
+
+def _by_items(logits: Tensor, labels: Tensor, shifted: bool, ignored: int, items: int) -> float:
+    scores, wanted = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
+    return float(token_losses(scores, wanted, ignored)[0].sum()) / items
+
+
 def _compare_divided(subject: Specimen, ctx: Context, ids: Tensor, beside: Tensor, given: Tensor, ignored: int) -> None:
     """With num_items_in_batch the sum is divided by it; where not even that of labels is, loss.accumulation says so."""
-    shifted = subject.convention.labels_shifted
-    items = 3 * ids.numel()
-
-    def by_items(labels: Tensor, of_logits: Tensor) -> float:
-        return float(token_losses(of_logits, labels, ignored)[0].sum()) / items
-
-    try:
-        plain, logits = net_loss(subject, ctx, ids, given, extra={"num_items_in_batch": items})
-        wanted = by_items(given[:, 1:], logits[:, :-1]) if shifted else by_items(given, logits)
-        if not abs(float(plain) - wanted) <= rounding(plain, logits):
-            return
-        loss, logits = net_loss(subject, ctx, ids, beside, extra={NAME: given, "num_items_in_batch": items})
-    except TypeError:  # one of the two is refused
+    if not _divided_by_items(subject, ctx, ids, ignored):
         return
-    expected = by_items(given, logits)
+    items = 3 * ids.numel()
+    loss, logits = net_loss(subject, ctx, ids, beside, extra={NAME: given, ITEMS: items})
+    expected = _by_items(logits, given, False, ignored, items)
     ctx.within(
         abs(float(loss) - expected),
         rounding(loss, logits),
-        f"with {NAME} and num_items_in_batch the loss is not the sum over {NAME} divided by that number",
+        f"with {NAME} and {ITEMS} the loss is not the sum over {NAME} divided by that number",
         where=f"loss {float(loss):.6g}, expected {expected:.6g}",
         hint=Hint(
             "the branch for labels that are shifted already divides by a count of its own: divide the sum by "
-            "num_items_in_batch there too",
+            f"{ITEMS} there too",
             "loss.accumulation_wrong",
             "loss.normalisation",
         ),

@@ -12,7 +12,8 @@ from lmconform.measuring import traces
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
     from lmconform.context import Context
     from lmconform.specimen import Specimen
@@ -204,6 +205,8 @@ def _redrawn(subject: Specimen, seed: int) -> Specimen:
     with torch.no_grad():
         for part in copied.module.modules():
             weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
+            if isinstance(part, nn.MultiheadAttention):
+                _redraw_projections_in(part, generator)
             if weight is None:
                 continue
             projection = isinstance(part, nn.Linear) or (type(part).__name__ == "Conv1D" and weight.dim() == 2)
@@ -216,6 +219,17 @@ def _redrawn(subject: Specimen, seed: int) -> Specimen:
             if (projection or norm) and bias is not None:
                 bias.zero_()
     return copied
+
+
+def _redraw_projections_in(attention: nn.MultiheadAttention, generator: torch.Generator) -> None:
+    """Those of queries, keys and values, which are parameters of nn.MultiheadAttention itself."""
+    import torch
+
+    for name, parameter in attention.named_parameters(recurse=False):
+        if name.endswith("proj_weight"):  # in_proj_weight, or q_, k_ and v_proj_weight
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (GAIN / parameter.shape[1] ** 0.5))
+        elif name == "in_proj_bias":
+            parameter.zero_()
 
 
 def _neutralise(norm: Any, weight: Tensor) -> None:

@@ -196,6 +196,8 @@ def _one_place(subject: Specimen, names: list[str]) -> bool:
             hook.remove()
         if calls:
             return len(calls) == 1
+        if len({path.rpartition(".")[2] for path in paths}) > 1:
+            return False  # two names under one holder: its weights are read in two places
         paths = [path.rpartition(".")[0] for path in paths]
     return False
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure
+from lmconform.measuring.multihead import call_through
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -190,7 +191,7 @@ def attention_scores(subject: Specimen, ids: Tensor) -> list[Scores]:
     class Listener(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            result = func(*args, **kwargs)
+            result = call_through(self, func, args, kwargs)
             if func in products:
                 _note_product(watch, func, args, kwargs, result)
             elif func in softmaxes:

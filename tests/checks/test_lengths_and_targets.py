@@ -128,10 +128,37 @@ class Swallowing(nn.Module):
         return self.inner(input_ids, labels=labels)
 
 
-class SwallowingForTrainer(Swallowing):
-    """The same as a model of transformers, which Trainer hands shift_labels to."""
+class DividedButDeaf(Swallowing):
+    """Of the keywords that Trainer passes it takes num_items_in_batch alone."""
 
-    main_input_name = "input_ids"
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        logits = self.inner(input_ids).logits
+        if labels is None:
+            return logits, None
+        items = kwargs.get("num_items_in_batch")
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return logits, loss / (items or (labels[:, 1:] != -100).sum())
+
+
+class Switch(Swallowing):
+    """shift_labels is no tensor here."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, shift_labels: bool = True) -> Any:
+        return self.inner(input_ids, labels=labels if shift_labels is not False else None)
+
+
+class Strict(Swallowing):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if kwargs:
+            raise RuntimeError(f"unexpected {list(kwargs)}")
+        return self.inner(input_ids, labels=labels)
+
+
+class OneOfTwo(Taking):
+    def loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+        if targets is not None:
+            raise ValueError("give labels or shift_labels, not both")
+        return super().loss(logits, labels, None)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +166,11 @@ class SwallowingForTrainer(Swallowing):
     [
         (Taking, "passed", ""),
         (Deaf, "failed", "taken and ignored"),
-        (Swallowing, "not_applicable", "has no use for shift_labels"),
-        (SwallowingForTrainer, "failed", "taken and ignored"),
+        (Swallowing, "not_applicable", "has no use for them"),
+        (DividedButDeaf, "failed", "taken and ignored"),
+        (Switch, "not_applicable", "a switch here, True by default"),
+        (Strict, "not_applicable", "refused: RuntimeError: unexpected ['shift_labels']"),
+        (OneOfTwo, "not_applicable", "give labels or shift_labels, not both"),
     ],
 )
 def test_shift_labels(kind: type[nn.Module], status: str, text: str) -> None:

@@ -310,9 +310,29 @@ class OneNormReadTwice(TwoNamesForReadWeights):
         self.layers[1].ln1.wrapped = self.layers[0].ln1.wrapped
 
 
+class ReadWeightsTwice(nn.Module):
+    """Two names for one norm, both read."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.first = self.second = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in (self.first, self.second):
+            x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias)
+        return x
+
+
+class OneNormUnderTwoNames(FloatMask):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[0].ln1 = ReadWeightsTwice(self.layers[0].ln1)
+
+
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
+        (OneNormUnderTwoNames, "failed"),
         (TwoNames, "passed"),
         (OneLayerTwice, "failed"),
         (TwoNamesForReadWeights, "passed"),

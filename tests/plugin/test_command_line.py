@@ -57,8 +57,13 @@ def test_workers_give_the_same_verdicts_and_one_ledger(project: pytest.Pytester)
 
 @pytest.mark.parametrize(
     ("arguments", "scheduler"),
-    [((), "WorkStealingScheduling"), (("--dist", "load"), "LoadScheduling")],
-    ids=["by-default", "as-named"],
+    [
+        ((), "WorkStealingScheduling"),
+        (("--dist", "load"), "LoadScheduling"),
+        (("-d",), "LoadScheduling"),
+        (("--dist", "loadgroup"), "LoadGroupScheduling"),
+    ],
+    ids=["by-default", "load", "short-for-load", "loadgroup"],
 )
 def test_workers_steal_unless_told_otherwise(
     project: pytest.Pytester, arguments: tuple[str, ...], scheduler: str
@@ -68,17 +73,31 @@ def test_workers_steal_unless_told_otherwise(
     result.stdout.fnmatch_lines([f"scheduling tests via {scheduler}"])
 
 
+def test_a_projects_own_scheduler_stands(project: pytest.Pytester) -> None:
+    project.makeconftest(
+        """
+        from xdist.scheduler import LoadFileScheduling
+
+        def pytest_xdist_make_scheduler(config, log):
+            return LoadFileScheduling(config, log)
+        """
+    )
+    result = project.runpytest_subprocess("--lm", "own_models:Sound", *CHEAP, "-n", "2", "-v")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["scheduling tests via LoadFileScheduling"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "first"),
-    [((), "training.optimizer"), (("--lm-time-budget", "60"), "contract.shape")],
+    [((), "training.optimizer"), (("--lm-time-budget", "60"), "batching.permutation")],
     ids=["shared-work-first", "cheapest-first-within-a-budget"],
 )
 def test_workers_order(project: pytest.Pytester, arguments: tuple[str, ...], first: str) -> None:
-    selected = ("--lm-select", "contract.shape", "--lm-select", "training.optimizer")
+    selected = ("--lm-select", "batching.permutation", "--lm-select", "training.optimizer")
     subjects = ("--lm", "own_models:Sound", "--lm", "own_models:Broken")
     result = project.runpytest_subprocess(*subjects, *selected, "-n", "1", "-v", *arguments)
-    order = [line.split()[-1] for line in result.outlines if line.startswith("[gw0]")]
-    second = ({"contract.shape", "training.optimizer"} - {first}).pop()
+    order = [line.split()[-1] for line in result.outlines if line.startswith("[gw0] [")]
+    second = ({"batching.permutation", "training.optimizer"} - {first}).pop()
     assert order == [f"lm::{name}-{check}" for name in ("Sound", "Broken") for check in (first, second)]
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lmconform.measuring.multihead import call_through
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,7 +28,7 @@ def future_weights() -> Iterator[list[tuple[float, float]]]:
 
     class Noting(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = func(*args, **(kwargs or {}))
+            made = call_through(self, func, args, kwargs or {})
             if func in softmaxes and made.dim() in (3, 4) and 1 < made.shape[-2] == made.shape[-1]:
                 hidden = torch.ones(made.shape[-2:], dtype=torch.bool, device=made.device).triu(1)
                 later, earlier = made[..., hidden], made[..., ~hidden]
@@ -84,7 +86,7 @@ def imposed_causal_mask() -> Iterator[Seen]:
                     bias = (bias + mask).clamp(min=torch.finfo(query.dtype).min)
                 given.update(attn_mask=bias, is_causal=False)
                 args, kwargs = (), given
-            return func(*args, **kwargs)
+            return call_through(self, func, args, kwargs)
 
     with Masking():
         yield seen

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lmconform import tolerance
 from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.diagnosis.probes.imposed_mask import future_weights, imposed_causal_mask
-from lmconform.diagnosis.probes.places import first_difference
+from lmconform.diagnosis.probes.places import along_time, first_difference, norm_over_time
 from lmconform.measuring.dropout import without_dropout
 from lmconform.specimen import random_ids
 
@@ -44,7 +44,8 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
         return float((base - other)[:, 3:half].abs().max()) / tolerance.allowed(subject.noise, base)
 
     def before(tensor: Tensor) -> Tensor | None:
-        return tensor[:, :half] if tensor.dim() >= 2 and tensor.shape[1] == time else None
+        found = along_time(tensor, len(ids), time)
+        return None if found is None else found[:, :half]
 
     leaks, padded = {"without attention_mask": moved()}, ones.clone()
     if subject.can("mask"):
@@ -79,7 +80,10 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
         return [*found, Finding("norm.over_sequence", Verdict.place, place)]
     if after > 1:  # the mask is not to blame: something else mixes over time
         against = [Finding(cause, Verdict.against) for cause in MASKS]
-        return [*against, Finding("norm.over_sequence", Verdict.agrees, place)]
+        if not norm_over_time(subject, place, ids):
+            return [*against, Finding("norm.over_sequence", Verdict.agrees, place)]
+        where = f"{place}: with later tokens its output at earlier ones changes, though its input there stays"
+        return [*against, Finding("norm.over_sequence", Verdict.seen, where)]
     where = (
         f"{place}: with a causal mask imposed on its attention from outside, the leak falls from "
         f"{max(leaks.values()):.2g} to {after:.2g} times the bound"

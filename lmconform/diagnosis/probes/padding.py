@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lmconform import tolerance
 from lmconform.diagnosis.probes.finding import Finding, Verdict
-from lmconform.diagnosis.probes.places import first_difference
+from lmconform.diagnosis.probes.places import along_time, first_difference, norm_over_time
 from lmconform.specimen import random_ids
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
         positions = subject.first_position + (mask.cumsum(-1) - 1).clamp(min=0)
 
     def tail(tensor: Tensor) -> Tensor | None:
-        return tensor[:, -real:] if tensor.dim() >= 2 and tensor.shape[1] in (time, real) else None
+        found = along_time(tensor, len(one), time, real)
+        return None if found is None else found[:, -real:]
 
     alone = subject.logits(text)
     bound = tolerance.allowed(subject.noise, alone)
@@ -56,6 +57,9 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
         (lambda: subject.logits(one, mask=mask, positions=positions), tail),
         (lambda: subject.logits(text), tail),
     )
+    if leaks > bound and norm_over_time(subject, place, one):  # whatever attention's mask hides
+        against = ("mask.padding_ignored", "mask.inverted", "position.ignores_mask")
+        return [Finding(cause, Verdict.against) for cause in against]
     if leaks > bound:  # the pads' own tokens are seen: the mask does not hold
         changed = one.clone()
         changed[:, PADS:-1] = random_ids(subject.ordinary_ids, 1, real - 1, generator).to(subject.device)
