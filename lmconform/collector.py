@@ -14,7 +14,7 @@ def import_frameworks(spec: str) -> None:
     That is torch, and transformers for a SPEC of its own. They leave half a million objects, and to walk these again
     and again is a tenth of a default run. While they are imported nothing is collected; building is left alone, for a
     builder may make garbage of its own. For processes that are there for their subjects: what else is alive now is
-    kept as well, until `gc.unfreeze`.
+    kept as well.
     """
     wanted = ["torch"]
     if spec.startswith("transformers:") or ":" not in spec or Path(spec).is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,11 @@ def read_expected(path: str | Path) -> list[Expectation]:
 
 def known_deviations() -> list[Expectation]:
     """The deviations of transformers that ship with lmconform."""
+    return list(_shipped())
+
+
+@functools.cache
+def _shipped() -> list[Expectation]:
     found: list[Expectation] = []
     for file in sorted(resources.files("lmconform").joinpath("known").iterdir(), key=lambda item: item.name):
         if file.name.endswith(".toml"):

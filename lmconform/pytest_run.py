@@ -119,7 +119,7 @@ class Conformance:
         return self.handles.index(item.handle), early.get(item.check.family, 2)
 
     def pytest_unconfigure(self) -> None:
-        gc.unfreeze()  # what the process does after pytest is not ours
+        atexit.register(gc.freeze)  # or the interpreter's last collections walk all that torch leaves: a second
 
     def _handles(self) -> Iterator[SubjectHandle]:
         """The subjects, names made distinct. Raises UsageError before anything is collected."""

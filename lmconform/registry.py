@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -127,7 +128,12 @@ def all_checks() -> dict[str, Check]:
         for module in pkgutil.iter_modules(lmconform.checks.__path__):
             importlib.import_module(f"lmconform.checks.{module.name}")
         _loaded = True
-    # registration order within a family; families that a later one builds on come first
+    return dict(_ordered(tuple(map(id, _checks.values()))))
+
+
+@functools.lru_cache(maxsize=1)
+def _ordered(identities: tuple[int, ...]) -> dict[str, Check]:
+    """Registration order within a family; families that a later one builds on come first. Anew where checks change."""
     return dict(sorted(_checks.items(), key=lambda item: _family_rank(item[1].family)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -152,6 +153,11 @@ def chosen_case(options: Options, checks: Sequence[Check]) -> Case | None:
 
 def versions() -> dict[str, str]:
     """What the verdict depends on."""
+    return dict(_installed())
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
     found = {"python": platform.python_version(), "lmconform": __version__}
     for name in ("torch", "transformers", "numpy", "hypothesis"):
         try:
