@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from pathlib import Path
 
 
 def import_frameworks(spec: str) -> None:
@@ -14,10 +13,10 @@ def import_frameworks(spec: str) -> None:
     That is torch, and transformers for a SPEC of its own. They leave half a million objects, and to walk these again
     and again is a tenth of a default run. While they are imported nothing is collected; building is left alone, for a
     builder may make garbage of its own. For processes that are there for their subjects: what else is alive now is
-    kept as well.
+    kept as well. What cannot be imported is for the build to say.
     """
     wanted = ["torch"]
-    if spec.startswith("transformers:") or ":" not in spec or Path(spec).is_dir():
+    if spec.startswith("transformers:") or ":" not in spec:
         wanted.append("transformers.modeling_utils")
     if all(name in sys.modules for name in wanted):
         return
@@ -28,6 +27,8 @@ def import_frameworks(spec: str) -> None:
             importlib.import_module(name)
         gc.collect()
         gc.freeze()
+    except Exception:
+        return
     finally:
         if enabled:
             gc.enable()

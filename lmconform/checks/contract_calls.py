@@ -230,10 +230,12 @@ def _check_generate_keeps_mode(copied: Specimen, ctx: Context, *, train: bool) -
     if not copied.can("gen"):
         return
     module = copied.module
-    module.train(train)
-    modes = {name: part.training for name, part in module.named_modules()}
     try:
-        Generator(copied, mode_as_found=True).as_users_call(ctx.ids(2, copied.longest(8) - 2), 2, sample=False)
+        generator = Generator(copied, mode_as_found=True)
+        ids = ctx.ids(2, copied.longest(8) - 2)  # may run the model, in eval mode, to find its context
+        module.train(train)
+        modes = {name: part.training for name, part in module.named_modules()}
+        generator.as_users_call(ids, 2, sample=False)
     except Exception:  # what generate() cannot do is for the family generation to say
         return
     if switched := [name for name, part in module.named_modules() if modes.get(name, part.training) != part.training]:

@@ -145,9 +145,10 @@ def explain(
         ),
     ]
     scores, wanted = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
+    # one row is right in either order
     crossed, crossed_live = token_losses(scores.transpose(0, 1).flatten(0, 1), wanted.flatten(), ignored)
     candidates.append((
-        crossed.sum() / crossed_live.sum(),
+        crossed.sum() / crossed_live.sum() if len(labels) > 1 else float("nan"),
         "it equals the one that takes logits time step by time step and labels row by row",
         Hint(
             "logits [time, batch, vocab] and labels [batch, time] are flattened as they lie: right for one row; bring "

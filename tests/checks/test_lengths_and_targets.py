@@ -147,6 +147,11 @@ class Switch(Swallowing):
         return self.inner(input_ids, labels=labels if shift_labels is not False else None)
 
 
+class SwitchOrNone(Swallowing):
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, shift_labels: Any = None) -> Any:
+        return self.inner(input_ids, labels=labels if shift_labels or shift_labels is None else None)
+
+
 class Strict(Swallowing):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if kwargs:
@@ -169,6 +174,7 @@ class OneOfTwo(Taking):
         (Swallowing, "not_applicable", "has no use for them"),
         (DividedButDeaf, "failed", "taken and ignored"),
         (Switch, "not_applicable", "a switch here, True by default"),
+        (SwitchOrNone, "not_applicable", "refused: RuntimeError: Boolean value of Tensor"),
         (Strict, "not_applicable", "refused: RuntimeError: unexpected ['shift_labels']"),
         (OneOfTwo, "not_applicable", "give labels or shift_labels, not both"),
     ],

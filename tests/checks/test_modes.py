@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fixtures.subjects import build
-from lmconform import Subject
+from lmconform import Subject, check_model
 from lmconform.registry import get_check
 from lmconform.runner import Runner
 
@@ -71,3 +71,9 @@ def test_generate_keeps_the_mode(kind: type[Writes], says: str) -> None:
     result = Runner(Subject(kind).open(), shrink=False).run(get_check("contract.mode_kept"))
     assert (result.status == "failed") == bool(says), result.message
     assert says in result.message
+
+
+@pytest.mark.parametrize("kind", [Writes, PutsBack])
+@pytest.mark.parametrize("how", [{"case": "mode=generate_train"}, {"profile": "thorough"}], ids=["alone", "thorough"])
+def test_the_search_for_a_context_is_not_blamed_on_generate(kind: type[Writes], how: dict[str, str]) -> None:
+    assert check_model(kind().eval(), select=["contract.mode_kept"], **how).ok

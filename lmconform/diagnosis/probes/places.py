@@ -65,19 +65,21 @@ def norm_over_time(subject: Specimen, place: str, ids: Tensor) -> bool:
     half = time // 2
     mixed: list[bool] = []
 
-    def again(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not args or not isinstance(output, torch.Tensor):
+    def again(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        if not args or not all(isinstance(each, torch.Tensor) for each in (args[0], output)):
             return
         changed = args[0].clone()
         inside = along_time(changed, batch, time)
         if inside is None:
             return
         inside[:, half:] *= -2
-        before, after = (along_time(tensor, batch, time) for tensor in (output, module.forward(changed, *args[1:])))
+        before, after = (
+            along_time(tensor, batch, time) for tensor in (output, module.forward(changed, *args[1:], **keywords))
+        )
         if before is not None and after is not None:
             mixed.append(_differs(before[:, :half], after[:, :half], SLACK))
 
-    with traces.hooked(part.register_forward_hook(again)):
+    with traces.hooked(part.register_forward_hook(again, with_kwargs=True)):
         subject.logits(ids)
     return any(mixed)
 
