@@ -22,7 +22,7 @@ def _option(default: Any, help: str, metavar: str = "", **more: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Options:
     """How a subject is checked. Field names are the public option names; `import_` stands for `import`."""
 

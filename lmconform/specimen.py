@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -277,7 +278,7 @@ class Specimen:
     def _copied_module(self) -> nn.Module:
         self._afford(self.weight_bytes, "a copy")
         try:
-            copied = copy.deepcopy(self.module)
+            copied = copy.deepcopy(self.module, _empty_containers(self.module))
         except Exception as error:
             if self.builder is None:
                 raise Unavailable(f"the model cannot be copied: {type(error).__name__}: {error}") from error
@@ -447,6 +448,16 @@ def give_weights(module: nn.Module, source: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             if name in theirs:
                 parameter.copy_(theirs[name].cpu())
+
+
+def _empty_containers(module: nn.Module) -> dict[int, Any]:
+    """A memo for copy.deepcopy() with new empty containers for the empty ones of a module: half of a copy's time.
+
+    Every nn.Module holds a dozen of them, nearly all for hooks, and deepcopy() takes each OrderedDict apart.
+    """
+    kinds = (OrderedDict, dict, set, list)
+    held = (value for each in module.modules() for value in vars(each).values() if type(value) in kinds)
+    return {id(value): type(value)() for value in held if not value}
 
 
 def _shares_memory(copied: nn.Module, module: nn.Module) -> bool:

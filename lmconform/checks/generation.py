@@ -114,6 +114,7 @@ def check_batch(subject: Specimen, ctx: Context) -> None:
     "generation.non_empty",
     holds="from an ordinary prompt at least one new token that is not EOS is possible and sampled",
     needs=("gen",),
+    profile="smoke",
     requires=("contract.shape", "contract.finite"),
     space={"time": Span(1, 16), "sample": Choice(True, False)},
     grid=({"time": 6, "sample": True}, {"time": 6, "sample": False}),
@@ -162,6 +163,7 @@ def check_non_empty(subject: Specimen, ctx: Context) -> None:
     "generation.stops",
     holds="EOS, max_new_tokens and stop strings end it; nothing after EOS but padding",
     needs=("gen",),
+    profile="smoke",
     requires=("contract.shape", "contract.finite", "contract.repeatable"),
     space={
         "kind": Choice("max_new_tokens", "eos", "eos_list", "stop_strings"),

@@ -225,7 +225,7 @@ def projected_gradients(subject: Specimen, ctx: Context, ids: Tensor, train: boo
         )
     (logits * projection(subject, ctx, ids).to(logits.dtype)).sum().backward()
     grads = {
-        name: None if p.grad is None else p.grad.detach().clone()
+        name: None if p.grad is None else p.grad.detach()  # let go of by the module below: no copy is needed
         for name, p in subject.module.named_parameters()
         if p.requires_grad and p.numel()
     }

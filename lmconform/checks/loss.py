@@ -132,6 +132,7 @@ def check_gradient(subject: Specimen, ctx: Context) -> None:
     holds="k micro-batches of unequal label counts give the gradients of one batch, where the model takes the number "
     "of items",
     needs=("labels",),
+    profile="smoke",
     requires=("loss.reference",),
     space={"micro": Span(2, 4), "time": Span(4, 24), "items": Choice("tensor", "int")},
     grid=({"micro": 4, "time": 24, "items": "tensor"}, {"micro": 2, "time": 12, "items": "int"}),

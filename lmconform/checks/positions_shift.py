@@ -121,6 +121,7 @@ def frequency_kinds(config: Any) -> tuple[set[str], int | None]:
     "positions.precision",
     holds=f"the encoding keeps its precision in half types far out (position {FAR} against float64)",
     needs=("pos",),
+    profile="smoke",
     requires=SOUND,
     space={"dtype": Choice("bfloat16", "float16")},
     grid=({"dtype": "bfloat16"}, {"dtype": "float16"}),

@@ -188,6 +188,7 @@ def check_attention(subject: Specimen, ctx: Context) -> None:
     if not scores:
         ctx.not_applicable("no attention was seen: no softmax over the tokens and no scaled_dot_product_attention")
     _check_spread(ctx, drawn, scores)
+    del drawn  # of a large model there is not room for all at once
     _check_entropy(ctx, traces.attention_scores(subject.as_loaded(), ids))
     _check_influence(ctx, subject, sorted({found.block for found in scores if found.block >= 0}))
 
@@ -200,7 +201,9 @@ def _redrawn(subject: Specimen, seed: int) -> Specimen:
     import torch
     from torch import nn
 
-    copied = subject.as_loaded().copy()
+    loaded = subject.as_loaded()
+    made_anew = subject.is_large and loaded is not subject  # and nobody else's
+    copied = loaded if made_anew else loaded.copy()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for part in copied.module.modules():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
-from unittest import mock
 
 _WITHIN: ContextVar[bool] = ContextVar("within uncompiled()", default=False)
 
@@ -18,7 +18,10 @@ def uncompiled() -> Iterator[None]:
 
     The stance alone would do; but torch.compile loads the whole of Inductor (2 s) before it looks at the stance. A
     function handed to it here is compiled when it is first called outside: transformers keeps its flex attention.
+    Flex attention prepares for a compiler even then, with a backend that wants half of functorch (0.16 s).
     """
+    from unittest import mock  # loads asyncio, and every process imports this module
+
     import torch
 
     real = torch.compile
@@ -40,9 +43,14 @@ def uncompiled() -> Iterator[None]:
 
         return run
 
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
     entered = _WITHIN.set(True)
     try:
-        with torch.compiler.set_stance("force_eager"), mock.patch.object(torch, "compile", postponed):
+        with ExitStack() as within:
+            within.enter_context(torch.compiler.set_stance("force_eager"))
+            within.enter_context(mock.patch.object(torch, "compile", postponed))
+            if hasattr(flex, "setup_compilation_env"):
+                within.enter_context(mock.patch.object(flex, "setup_compilation_env", nullcontext))
             yield
     finally:
         _WITHIN.reset(entered)

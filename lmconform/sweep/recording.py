@@ -100,6 +100,7 @@ class _Line:
         self.lines: list[_Call] = []
         self.names: dict[Hashable, str] = {}  # of a tensor, as its memory, shape and strides
         self.bases: dict[int, tuple[str, Tensor]] = {}
+        self.bound = _bound()
 
     def _changing(self) -> set[int]:
         """All memory whose content depends on the buffers."""
@@ -225,6 +226,7 @@ class _Line:
 
     def _call(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], makes: list[Tensor]) -> str:
         name = f"v{len(self.lines)}"
+        function = self.bound.get(function, function)
         used: list[str] = []
         given = [self._argument(value, used) for value in arguments]
         given += [f"{key}={self._argument(value, used)}" for key, value in keywords.items()]
@@ -286,6 +288,24 @@ class _Call:
     given: list[str]
     used: list[str] = field(default_factory=list)
     keeps: bool = True
+
+
+def _bound() -> dict[Any, Any]:
+    """For the commonest operations torch's own functions: the same kernels, called 1 to 2 microseconds sooner."""
+    import torch
+
+    aten = torch.ops.aten
+    return {
+        aten.add.Tensor: torch.add,
+        aten.as_strided.default: torch.as_strided,
+        aten.bmm.default: torch.bmm,
+        aten.bmm.out: torch.bmm,
+        aten.clone.default: torch.clone,
+        aten.mul.Scalar: torch.mul,
+        aten.mul.Tensor: torch.mul,
+        aten.pow.Tensor_Scalar: torch.pow,
+        aten.sum.dim_IntList: torch.sum,
+    }
 
 
 def _seen_as(tensor: Tensor) -> Hashable:
