@@ -42,7 +42,7 @@ FOLDS = 4
 WORTH = 0.004  # a weight is moved for no less: with one or two faults a mechanism the last hundredths are chance
 WORDS = ("always", "often", "sometimes")
 KINDS = (*WORDS, "unnamed", "spared", "crashed", "crashed_spared")
-VERDICTS = ("cured", "seen", "agrees", "against")
+VERDICTS = ("cured", "seen", "agrees", "against", "ruled_out")
 
 
 class Features:
@@ -83,6 +83,8 @@ class Features:
 
     def loss(self, weights: Weights) -> float:
         """The mean negative log score of the right cause."""
+        from lmconform.diagnosis.probes import Verdict
+
         rates = np.array([getattr(weights, kind) for kind in KINDS[:5]])
         spared = np.log((1 - rates[:3]) / (1 - weights.background))
         shown = np.log(rates / weights.background)
@@ -96,7 +98,7 @@ class Features:
             odds += weights.suspects[kind] * shares
             before += many
         odds += weights.unsuspected * np.sqrt(self.passed)
-        odds += self.probed @ np.array([weights.cured, weights.seen, weights.agrees, weights.speaks_against])
+        odds += self.probed @ np.array([weights.verdict(Verdict(name)) for name in VERDICTS])
         scaled = odds / weights.temperature
         top = np.maximum(scaled.max(1), weights.nothing_known / weights.temperature)
         total = np.exp(scaled - top[:, None]).sum(1) + np.exp(weights.nothing_known / weights.temperature - top)

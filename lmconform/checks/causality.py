@@ -129,16 +129,21 @@ def hint_from(moved: Tensor, layers: int) -> str:
     if reach <= layers:
         return Hint(
             "every position sees about one token ahead in each layer: the diagonal of the causal mask is off by one "
-            "(tril(diagonal=1), triu(diagonal=2), > for >=), or targets are mixed into the inputs",
+            "(tril(diagonal=1), triu(diagonal=2), > for >=), a convolution is padded on both sides, or targets are "
+            "mixed into the inputs",
             "mask.off_by_one",
+            "mixer.not_causal",
         )
     return Hint(
-        "every position sees the whole future: the causal mask is missing, inverted or never added to the scores "
-        "(is_causal=True forgotten), if only in one layer or head, or something averages over time",
+        "every position sees the whole future: the causal mask is missing, inverted, too soft (-5 for -inf) or never "
+        "added to the scores (is_causal=True forgotten), if only in one layer or head, or something else mixes over "
+        "time (a pool, a norm, a recurrence run both ways)",
         "mask.missing",
         "mask.inverted",
         "norm.over_sequence",
         "mask.fast_path",
+        "mixer.not_causal",
+        "mask.soft",
     )
 
 

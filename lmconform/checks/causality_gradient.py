@@ -66,6 +66,7 @@ def check_gradient(subject: Specimen, ctx: Context) -> None:
                 "over time (a norm over the sequence, a convolution padded on both sides)",
                 "mask.soft",
                 "mask.missing",
+                "mixer.not_causal",
             ),
         )
         if chosen := next((name for name in SUBSET if states(subject.config, name)), None):

@@ -38,7 +38,7 @@ class Weights:
     suspects: tuple[float, float, float] = (6.0, 3.0, 2.0)  # a red check's first, second and further suspect
     unsuspected: float = -0.6  # a red check names suspects, and this cause is none of them
     further: float = 0.2  # what each further check's suspicion adds, as a share of the one before
-    cured: float = 8.0  # a probe undid the suspected fault, and the error was gone
+    cured: float = 8.0  # a probe undid the suspected fault, and the error was gone; so much against a cause ruled out
     seen: float = 4.0  # a probe measured what this cause does and others do not
     agrees: float = 0.0
     speaks_against: float = -3.0
@@ -54,6 +54,7 @@ class Weights:
             Verdict.seen: self.seen,
             Verdict.agrees: self.agrees,
             Verdict.against: self.speaks_against,
+            Verdict.ruled_out: -self.cured,
         }
         return known.get(verdict, 0.0)
 

@@ -140,6 +140,26 @@ class DividedButDeaf(Swallowing):
         return logits, loss / (items or (labels[:, 1:] != -100).sum())
 
 
+class DeafInTraining(Swallowing):
+    """Of all keywords it knows shift_labels alone, and in eval mode alone."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        logits = self.inner(input_ids).logits
+        if labels is None:
+            return logits, None
+        targets = None if self.training else kwargs.get("shift_labels")
+        if targets is None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class Broken(Taking):
+    """It takes them by name, and asks whether they are true: an error on every tensor of them."""
+
+    def loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+        return super().loss(logits, labels, targets if targets else None)
+
+
 class Switch(Swallowing):
     """shift_labels is no tensor here."""
 
@@ -173,8 +193,10 @@ class OneOfTwo(Taking):
         (Deaf, "failed", "taken and ignored"),
         (Swallowing, "not_applicable", "has no use for them"),
         (DividedButDeaf, "failed", "taken and ignored"),
-        (Switch, "not_applicable", "a switch here, True by default"),
-        (SwitchOrNone, "not_applicable", "refused: RuntimeError: Boolean value of Tensor"),
+        (DeafInTraining, "failed", "train mode"),
+        (Broken, "error", "Boolean value of Tensor"),
+        (Switch, "not_applicable", "a switch here: True and False are taken"),
+        (SwitchOrNone, "not_applicable", "a switch here: True and False are taken"),
         (Strict, "not_applicable", "refused: RuntimeError: unexpected ['shift_labels']"),
         (OneOfTwo, "not_applicable", "give labels or shift_labels, not both"),
     ],

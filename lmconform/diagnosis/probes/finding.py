@@ -13,6 +13,7 @@ class Verdict(StrEnum):
     seen = "seen"  # the probe measured what this cause does and others do not
     agrees = "agrees"
     against = "against"
+    ruled_out = "ruled_out"  # the experiment leaves no room for it
     place = "place"  # says nothing for or against the cause, only where to look if it is the one
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmconform import tolerance
+from lmconform.diagnosis.probes.entrance import FIRST, Entrance, Kind, distinct_length, find_entrance, straightened
 from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.diagnosis.probes.imposed_mask import future_weights, imposed_causal_mask
 from lmconform.diagnosis.probes.places import along_time, first_difference, norm_over_time
@@ -21,6 +23,18 @@ MASKS = (
     "mask.missing", "mask.off_by_one", "mask.inverted", "mask.block_leak", "mask.soft", "mask.fast_path",
     "mask.train_only", "mask.query_offset",
 )  # fmt: skip
+NORM, MIXER = OUTSIDE = ("norm.over_sequence", "mixer.not_causal")
+MIXES = "with later tokens its output at earlier ones changes, though its input there stays"
+BESIDE = {  # where it is no matter of a mask
+    Kind.queries: (NORM, "a softmax over the queries, not over the keys: later queries enter its sum"),
+    Kind.hidden_late: (NORM, "its sum holds later keys, whose weights are set to 0 only afterwards"),
+    Kind.norm: (NORM, MIXES),
+    Kind.order: (
+        "attention.heads_scrambled",
+        "each position is right before it, and holds entries of other positions after it: a transpose is missing",
+    ),
+    Kind.mixing: (MIXER, "before it earlier positions know nothing of later tokens, after it they do"),
+}
 SPREAD, FAINT = 0.9, 0.3  # of the later keys; of the weight of earlier ones
 
 
@@ -41,7 +55,7 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
 
     def moved(specimen: Specimen = subject, mask: Tensor | None = None, train: bool = False) -> float:
         base, other = (specimen.logits(each, mask=mask, train=train) for each in (ids, changed))
-        return float((base - other)[:, 3:half].abs().max()) / tolerance.allowed(subject.noise, base)
+        return float((base - other)[:, FIRST:half].abs().max()) / tolerance.allowed(subject.noise, base)
 
     def before(tensor: Tensor) -> Tensor | None:
         found = along_time(tensor, len(ids), time)
@@ -50,7 +64,7 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
     leaks, padded = {"without attention_mask": moved()}, ones.clone()
     if subject.can("mask"):
         leaks["with attention_mask"] = moved(mask=ones)
-        padded[:, :3] = 0
+        padded[:, :FIRST] = 0
         leaks["with padding"] = moved(mask=padded)
     if max(leaks.values()) <= 1:
         return _in_training(subject, moved)
@@ -76,22 +90,93 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
         found += [Finding("mask.soft", Verdict.seen, where), Finding("mask.missing", Verdict.against)]
     with imposed_causal_mask() as seen:
         after = moved(mask=mask)
+    texts = _Texts.of(subject, padding={"without attention_mask": None, "with attention_mask": 0}.get(first, FIRST))
+    enters = texts.entrance(subject, place) if texts is not None else None
+    if seen.count and after <= 1 and (enters is None or enters.kind != Kind.hidden_late):
+        leaky = str(enters) if enters is not None else place
+        where = (
+            f"{leaky}: with a causal mask imposed on its attention from outside, the leak falls from "
+            f"{max(leaks.values()):.2g} to {after:.2g} times the bound"
+            if leaky
+            else ""
+        )
+        beyond = [Finding(NORM, Verdict.against), Finding(MIXER, Verdict.ruled_out)]  # BatchNorm leaks in train mode
+        return [*found, *_of(MASKS[:5], Verdict.agrees, where), *beyond]
+    if texts is not None and enters is not None:
+        if enters.kind != Kind.attention:
+            return _judged(subject, texts, enters, masks=Verdict.against if seen.count else Verdict.ruled_out)
+        with imposed_causal_mask():
+            then = texts.entrance(subject)
+        if seen.count and then is not None and then.kind != Kind.attention:  # there are two
+            beyond = _judged(subject, texts, then)[:1]
+        else:
+            beyond = _of(OUTSIDE, Verdict.against)
+        return [*found, *_of(MASKS[:5], Verdict.agrees, str(enters)), *beyond]
     if not seen.count:
-        return [*found, Finding("norm.over_sequence", Verdict.place, place)]
-    if after > 1:  # the mask is not to blame: something else mixes over time
-        against = [Finding(cause, Verdict.against) for cause in MASKS]
-        if not norm_over_time(subject, place, ids):
-            return [*against, Finding("norm.over_sequence", Verdict.agrees, place)]
-        where = f"{place}: with later tokens its output at earlier ones changes, though its input there stays"
-        return [*against, Finding("norm.over_sequence", Verdict.seen, where)]
-    where = (
-        f"{place}: with a causal mask imposed on its attention from outside, the leak falls from "
-        f"{max(leaks.values()):.2g} to {after:.2g} times the bound"
-        if place
-        else ""
-    )
-    agree = [Finding(cause, Verdict.agrees, where) for cause in MASKS[:5]]
-    return [*found, *agree, Finding("norm.over_sequence", Verdict.against)]
+        return [*found, *_of(OUTSIDE, Verdict.place, place)]
+    against = _of(MASKS, Verdict.against)  # something else mixes over time
+    if not norm_over_time(subject, place, ids):
+        return [*against, *_of(OUTSIDE, Verdict.agrees, place)]
+    return [*against, Finding(NORM, Verdict.seen, f"{place}: {MIXES}"), Finding(MIXER, Verdict.against)]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Two texts of `time` tokens that differ in the later half, and their logits."""
+
+    time: int
+    logits: tuple[Callable[[], Tensor], Callable[[], Tensor]]
+
+    @classmethod
+    def of(cls, subject: Specimen, *, padding: int | None = None, train: bool = False) -> _Texts | None:
+        """With an attention_mask whose first `padding` tokens are 0. None where no length can be told from sizes."""
+        import torch
+
+        time = distinct_length(subject)
+        if time is None:
+            return None
+        generator = torch.Generator().manual_seed(time)
+        ids, other = (random_ids(subject.ordinary_ids, 1, time, generator).to(subject.device) for _ in range(2))
+        other[:, : time // 2] = ids[:, : time // 2]
+        mask = None if padding is None else torch.ones_like(ids)
+        if mask is not None:
+            mask[:, :padding] = 0
+        return cls(
+            time,
+            (
+                lambda: subject.logits(ids, mask=mask, train=train),
+                lambda: subject.logits(other, mask=mask, train=train),
+            ),
+        )
+
+    def entrance(self, subject: Specimen, place: str = "") -> Entrance | None:
+        return find_entrance(subject, self.time, self.logits, place)
+
+    def leaks(self, subject: Specimen) -> bool:
+        base, other = (logits() for logits in self.logits)
+        change = (base - other)[:, FIRST : self.time // 2].abs().max()
+        return float(change) > tolerance.allowed(subject.noise, base)
+
+
+def _judged(subject: Specimen, texts: _Texts, enters: Entrance, *, masks: Verdict = Verdict.against) -> list[Finding]:
+    """What an operation that is no matter of a mask says: its cause first, then those that it speaks against.
+
+    `masks`: how much it says against theirs; where attention was met too, one of them may be wrong as well.
+    """
+    cause, what = BESIDE[enters.kind]
+    verdict = Verdict.seen
+    if cause == MIXER and norm_over_time(subject, enters.place, subject.probe_ids(1, 8)):
+        cause, what = BESIDE[Kind.norm]
+    if enters.kind == Kind.order:
+        with straightened(enters, texts.time):
+            cured = not texts.leaks(subject)
+        verdict, what = (Verdict.cured, f"{what}; with it the leak is gone") if cured else (verdict, what)
+    others = [other for other in OUTSIDE if other != cause]
+    return [Finding(cause, verdict, f"{enters}: {what}"), *_of(others, Verdict.against), *_of(MASKS, masks)]
+
+
+def _of(causes: Iterable[str], verdict: Verdict, where: str = "") -> list[Finding]:
+    return [Finding(cause, verdict, where) for cause in causes]
 
 
 def _in_training(subject: Specimen, moved: Callable[..., float]) -> list[Finding]:
@@ -107,6 +192,13 @@ def _in_training(subject: Specimen, moved: Callable[..., float]) -> list[Finding
             f"in train mode alone; with a causal mask imposed from outside the leak falls from {before:.2g} to "
             f"{after:.2g} times the bound"
         )
-        return [Finding("mask.train_only", Verdict.cured, where), Finding("norm.over_sequence", Verdict.against)]
+        return [Finding("mask.train_only", Verdict.cured, where), *_of(OUTSIDE, Verdict.ruled_out)]
+    texts = _Texts.of(quiet, train=True)
+    enters = texts.entrance(quiet) if texts is not None else None
+    if texts is not None and enters is not None:
+        if enters.kind != Kind.attention:
+            return _judged(quiet, texts, enters)
+        where = f"in train mode alone: {enters}"
+        return [Finding("mask.train_only", Verdict.agrees, where), *_of(OUTSIDE, Verdict.against)]
     where = "in train mode alone, and a causal mask imposed from outside does not mend it"
-    return [Finding("norm.over_sequence", Verdict.agrees, where), Finding("mask.train_only", Verdict.against)]
+    return [*_of(OUTSIDE, Verdict.agrees, where), Finding("mask.train_only", Verdict.against)]

@@ -1,0 +1,302 @@
+"""The operation through which a later token first reaches an earlier position, found by running two texts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from lmconform.measuring import traces
+from lmconform.measuring.multihead import call_through
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lmconform.specimen import Specimen
+
+TIMES = (23, 19, 17, 29, 31, 13, 11)  # primes: a product of two other sizes is none
+FIRST = 3  # the positions before may be padding
+LARGEST = 1 << 20  # entries of a tensor without time that is kept
+SLACK = 1e-4  # of the largest entry
+SDPA = "scaled_dot_product_attention"
+ATTENTION = {"softmax", SDPA}
+PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm", "normalize"}
+VIEWS = {"view", "reshape", "flatten", "unflatten"}
+
+
+class Kind(StrEnum):
+    """What kind of operation it is."""
+
+    attention = "attention"  # it has to do with scores or weights of [time, time]
+    queries = "queries"  # a softmax of those over the queries
+    hidden_late = "hidden_late"  # a softmax of those that sums over later keys, whose weights are then set to 0
+    norm = "norm"
+    order = "order"  # a view takes entries for those of other positions
+    mixing = "mixing"  # a pool, a convolution, a recurrence, a shift: anything else
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """`place`: the innermost module that was running, "" for the model itself; `call`: Tensor.mean (model.py:9)."""
+
+    kind: Kind
+    place: str
+    call: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.call}" if self.place else self.call
+
+
+@dataclass
+class _Step:
+    """One call of torch's, with its tensors [..., time, ...] cut to the positions compared."""
+
+    number: int
+    name: str
+    call: str
+    place: str
+    along: str  # of a softmax: "queries", the first of two axes of time, or "time", the only one
+    axes: tuple[tuple[int, int], ...]  # of the first tensor with time that went in, and that came out: how many, which
+    pairwise: tuple[bool, bool]  # whether a tensor [..., time, time, ...] went in, and came out
+    future_hidden: bool  # all that went in of [..., time, time] is 0, or very low, for later keys
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    without_time: list[Tensor]  # that came out
+    sources: list[int]  # the steps that made what went in without time
+    told: bool  # something without time went in that no step has made, and that is no weight
+
+
+def distinct_length(subject: Specimen) -> int | None:
+    """A number of tokens by which an axis of time can be told: it divides no size of a weight. None: there is none."""
+    module = subject.module
+    held = {size for tensor in (*module.parameters(), *module.buffers()) for size in tensor.shape}
+    free = (time for time in TIMES if all(size % time for size in held if size))
+    return next((time for time in free if subject.longest(time) == time), None)
+
+
+def find_entrance(
+    subject: Specimen, time: int, runs: Sequence[Callable[[], object]], place: str = ""
+) -> Entrance | None:
+    """The first operation whose result differs at earlier positions though all that goes in agrees there.
+
+    `runs` are two: each runs the subject on [1, time] tokens, the later half of them others. The module `place` is
+    looked through first, and the whole model where it is not there or was told something from outside. None where no
+    operation of torch's is seen to be the one: a kernel of another library, say.
+    """
+    found = None
+    for within in dict.fromkeys((place, "")):
+        first, second = (_steps(subject, time, run, within) for run in runs)
+        index = _first(first, second)
+        if index is not None:
+            step = _over_blocks(index, first) or first[_origin(index, first, second)]
+            found = Entrance(_kind(step, first), step.place, step.call)
+            if not step.told:
+                break
+    return found
+
+
+def _first(first: Sequence[_Step], second: Sequence[_Step]) -> int | None:
+    for index, (left, right) in enumerate(zip(first, second)):
+        if left.name != right.name:
+            return None
+        if _differ(left.outputs, right.outputs) and not _differ(left.inputs, right.inputs):
+            return index
+    return None
+
+
+def _over_blocks(index: int, steps: Sequence[_Step]) -> _Step | None:
+    """The attention that the step puts together again: over blocks of a text, where no axis is as long as the text."""
+    step = steps[index]
+    before = [each for each in steps[:index] if each.name in ATTENTION and each.place == step.place]
+    return before[-1] if before and not step.inputs and not before[-1].inputs else None
+
+
+def _origin(index: int, first: Sequence[_Step], second: Sequence[_Step]) -> int:
+    """Where a value without time brings the later tokens in: the step that pooled them into it."""
+    for source in first[index].sources:
+        if _differ(first[source].without_time, second[source].without_time):
+            return _origin(source, first, second)
+    return index
+
+
+def _kind(step: _Step, steps: Sequence[_Step]) -> Kind:
+    after = steps[step.number + 1 :]
+    if step.along == "queries" and step.future_hidden:
+        return Kind.queries
+    if any(step.pairwise) or (step.name in ATTENTION and step.along != "time"):
+        weighing = next((each for each in after if each.name in PRODUCTS and each.pairwise == (True, False)), None)
+        late = weighing is not None and weighing.future_hidden and _within(step.place, weighing.place)
+        return Kind.hidden_late if late and step.name != SDPA else Kind.attention
+    if step.name in NORMS:
+        return Kind.norm
+    if step.name in VIEWS and len(set(step.axes)) == 2:
+        return Kind.order
+    return Kind.mixing
+
+
+def _steps(subject: Specimen, time: int, run: Callable[[], object], within: str) -> list[_Step]:
+    """Every call of torch's while `run` runs the subject, in order, those within that module alone."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    from lmconform.simulated.tracking import call_name, tensors_in
+
+    running: list[str] = [""]
+    made: list[_Step] = []
+    makers: dict[int, tuple[int, Tensor]] = {}  # the tensor too, so that no other is given its id
+
+    def values(found: Any) -> list[Tensor]:
+        return [each.detach() for each in tensors_in(found) if _comparable(each)]
+
+    class Recording(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if not _within(running[-1], within):
+                return call_through(self, func, args, kwargs)
+            given = [each for each in values((args, kwargs)) if time in each.shape]
+            inputs = [_early(each, time) for each in given]  # before the call: it may be in place
+            hidden = all(_future_hidden(each, time) for each in given if _pairwise(each, time))
+            others = [
+                each for each in tensors_in((args, kwargs)) if each.is_floating_point() and time not in each.shape
+            ]
+            sources = [makers[id(each)][0] for each in others if id(each) in makers]
+            told = any(not isinstance(each, torch.nn.Parameter) for each in others if id(each) not in makers)
+            result = call_through(self, func, args, kwargs)
+            results = args[:1] if result is None else result  # x[...] = y gives nothing back
+            timed = [each for each in values(results) if time in each.shape]
+            alone = [each for each in values(results) if time not in each.shape and each.numel() <= LARGEST]
+            if not timed and not alone:
+                return result
+            for each in tensors_in(results):
+                if _comparable(each) and time not in each.shape and each.numel() <= LARGEST:
+                    makers[id(each)] = len(made), each
+            name = getattr(func, "__name__", "")
+            made.append(
+                _Step(
+                    len(made),
+                    name,
+                    f"{call_name(func)}{_line()}",
+                    running[-1],
+                    _softmax_along(args, kwargs, time) if name == "softmax" else "",
+                    tuple((each[0].dim(), each[0].shape.index(time)) for each in (given, timed) if each),
+                    (any(_pairwise(each, time) for each in given), any(_pairwise(each, time) for each in timed)),
+                    hidden,
+                    inputs,
+                    [_early(each, time) for each in timed],
+                    [each.clone() for each in alone],
+                    sources,
+                    told,
+                )
+            )
+            return result
+
+    def enters(name: str) -> Callable[..., None]:
+        return lambda module, args: running.append(name)
+
+    def leaves(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+
+    named = [(name, part) for name, part in subject.module.named_modules() if name]
+    with (
+        traces.hooked(*(part.register_forward_pre_hook(enters(name)) for name, part in named)),
+        traces.hooked(*(part.register_forward_hook(leaves) for _, part in named)),
+        torch.no_grad(),
+        Recording(),
+    ):
+        run()
+    return made
+
+
+@contextmanager
+def straightened(enters: Entrance, time: int) -> Iterator[None]:
+    """Within it, that view keeps each of [1, time] tokens' entries together: the transpose that is missing is made."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    from lmconform.simulated.tracking import call_name
+
+    class Straightening(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = call_through(self, func, args, kwargs or {})
+            if getattr(func, "__name__", "") not in VIEWS or f"{call_name(func)}{_line()}" != enters.call:
+                return made
+            given = next((each for each in args if isinstance(each, torch.Tensor)), None)
+            if given is None or given.shape.count(time) != 1 or made.shape.count(time) != 1:
+                return made
+            before, after = given.shape.index(time), made.shape.index(time)
+            if given.dim() > made.dim():
+                return given.movedim(before, after).reshape(made.shape)
+            return given.reshape(made.movedim(after, before).shape).movedim(before, after)
+
+    with Straightening():
+        yield
+
+
+def _line() -> str:
+    """Where in the model's own code the call stands; "" where that is not known."""
+    from lmconform.runner import PACKAGE
+    from lmconform.simulated.tracking import is_library
+
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (is_library(frame.f_code) or frame.f_code.co_filename.startswith(PACKAGE)):
+        frame = frame.f_back
+    return "" if frame is None else f" ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
+
+
+def _comparable(tensor: Tensor) -> bool:
+    import torch
+
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return numbers and tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _early(tensor: Tensor, time: int) -> Tensor:
+    """The positions before the middle, along each axis of time."""
+    for axis, size in enumerate(tensor.shape):
+        if size == time:
+            tensor = tensor.narrow(axis, FIRST, time // 2 - FIRST)
+    return tensor.clone()
+
+
+def _pairwise(tensor: Tensor, time: int) -> bool:
+    return tuple(tensor.shape).count(time) == 2
+
+
+def _future_hidden(tensor: Tensor, time: int) -> bool:
+    query, key = (axis for axis, size in enumerate(tensor.shape) if size == time)
+    across = tensor.movedim((query, key), (-2, -1))
+    later = across[..., across.new_ones(time, time).triu(1).bool()]
+    return bool(((later == 0) | (later.real < traces.MASKED)).all())
+
+
+def _softmax_along(args: Any, kwargs: Any, time: int) -> str:
+    values = args[0] if args else kwargs["input"]
+    axis = kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None
+    if axis is None or values.shape[axis] != time:
+        return ""
+    if not _pairwise(values, time):
+        return "time"
+    return "queries" if axis % values.dim() == values.shape.index(time) else ""
+
+
+def _within(place: str, parent: str) -> bool:
+    return not parent or f"{place}.".startswith(f"{parent}.")
+
+
+def _differ(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return any(_differs(one, other) for one, other in zip(left, right))
+
+
+def _differs(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.numel() == 0:
+        return False
+    difference = (one - other).abs()[one != other]
+    ordinary = other[other.abs() < -traces.MASKED].abs()
+    scale = float(ordinary.max()) if ordinary.numel() else 0.0
+    return bool((difference > SLACK * max(scale, 1e-12)).any())

@@ -1,0 +1,225 @@
+"""A leak is laid to what it comes from: to attention's mask, or to what else mixes over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fixtures.faults import all_faults
+from fixtures.planting import around
+from fixtures.subjects import build
+from fixtures.subjects.ports.recurrent import Recurrent
+from lmconform import Subject
+from lmconform.diagnosis import diagnose
+from lmconform.diagnosis.probes import leak
+from lmconform.diagnosis.probes.entrance import Kind
+from lmconform.diagnosis.probes.finding import Verdict
+from lmconform.registry import get_check
+from lmconform.results import Cause
+from lmconform.runner import Runner
+from lmconform.specimen import Specimen
+
+FAULTS = {fault.id: fault for fault in all_faults()}
+LEAK = "causality.no_future_leak"
+
+
+def named(specimen: Specimen, check: str = LEAK) -> Cause:
+    runner = Runner(specimen, profile="smoke", shrink=False)
+    result = runner.run(get_check(check))
+    assert result.status == "failed", result.message
+    return diagnose([result], runner)[0]
+
+
+@pytest.mark.parametrize(
+    ("id", "where"),
+    [
+        ("causality.convolution_padded_both_sides", "layers.0: torch.nn.functional.pad (causality_mixing.py"),
+        ("causality.recurrence_both_ways", "layers.1.cell: torch.gru"),
+        ("causality.state_starts_from_mean", "layers.0: Tensor.mean (causality_mixing.py"),
+        ("causality.squeeze_and_excite", "layers.1: Tensor.mean"),
+        ("causality.centred_average", "layers.1: torch.avg_pool1d"),
+        ("causality.gate_sees_next", "layers.1.attention.local: torch.conv1d"),
+        ("causality.maximum_of_text_added", "h.2: Tensor.amax"),
+        ("causality.centred_convolution", "model.embed_tokens.1.mix: torch.conv1d"),
+        ("causality.next_token_mixed_in", "backbone.layers.1.mixer.in_proj: Tensor.__getitem__"),
+        ("causality.group_norm", "layers.1.norm1: torch.nn.functional.group_norm"),
+        ("causality.softmax_over_queries", "blocks.1.attention: Tensor.softmax (held_out.py"),
+        ("causality.masked_after_softmax", "layers.2.attention: Tensor.softmax (held_out_ports.py"),
+        ("causality.heads_merged_without_transpose", "with it the leak is gone"),
+    ],
+)
+def test_what_mixes_outside_the_mask_is_named_with_its_line(id: str, where: str) -> None:
+    cause = named(FAULTS[id].open())
+    assert cause.id in (FAULTS[id].cause, *FAULTS[id].also)
+    assert where in cause.where
+
+
+def test_in_train_mode_alone_too() -> None:
+    def start(original: Any, x: Tensor) -> Tensor:
+        return x.mean(1)[None].contiguous() if original.args[0].training else original(x)
+
+    model = Recurrent()
+    around(model.layers[0], start, "start")
+    cause = named(Subject(lambda: model).open(), "causality.train_mode")
+    assert cause.id == "mixer.not_causal"
+    assert "layers.0: Tensor.mean (test_leaks.py" in cause.where
+
+
+# -- attention that no mask can be laid over ---------------------------------------------------------------------------
+
+
+def by_hand(model: Any, weigh: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The scores of one layer weighed by hand, without a mask."""
+    around(model.layers[1].attention, lambda original, scores, may: weigh(scores), "weigh")
+    return model
+
+
+def exponentials(scores: Tensor) -> Tensor:
+    power = (scores - scores.amax(-1, keepdim=True)).exp()
+    return power / power.sum(-1, keepdim=True)
+
+
+def sigmoids(scores: Tensor) -> Tensor:
+    return scores.sigmoid() / scores.shape[-1]
+
+
+def elsewhere(scores: Tensor) -> Tensor:
+    """Torch sees nothing of it, as of a kernel of another library."""
+    return torch.from_numpy(exponentials(scores.double()).detach().numpy()).to(scores)
+
+
+@pytest.mark.parametrize("weigh", [exponentials, sigmoids, elsewhere])
+def test_an_unmasked_attention_by_hand_is_still_laid_to_its_mask(weigh: Callable[[Tensor], Tensor]) -> None:
+    cause = named(Subject(lambda: by_hand(build("linear_bias"), weigh)).open())
+    assert cause.id == "mask.missing"
+    assert "layers.1.attention: " in cause.where
+
+
+class HeadsLast(nn.Module):
+    """Attention with scores of [batch, query, key, heads], unmasked; its softmax runs over the keys, axis 2."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(61, width), nn.Linear(width, 61)
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        q, k, v = (part.unflatten(-1, (4, -1)) for part in self.qkv(x).chunk(3, -1))
+        weights = torch.einsum("bqhd,bkhd->bqkh", q, k).softmax(2)
+        return self.head(x + torch.einsum("bqkh,bkhd->bqhd", weights, v).flatten(2))
+
+
+def test_a_softmax_over_keys_is_not_taken_for_one_over_queries() -> None:
+    assert named(Subject(HeadsLast).open()).id == "mask.missing"
+
+
+# -- in a model of one layer -------------------------------------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """An embedding, a head, and `mix` of queries, keys and values [batch, time, width] between them."""
+
+    def __init__(self, mix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(61, 48), nn.Linear(48, 3 * 48), nn.Linear(48, 61)
+        self.mix = mix
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return self.head(x + self.mix(*self.qkv(x).chunk(3, -1)))
+
+
+def by_frequencies(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.fft.fft(v, dim=1).real
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.softmax(-1) @ (k.exp().mT @ v) / k.shape[1]
+
+
+def keys_weighed_over_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (k[..., :1].softmax(1) * v).sum(1, keepdim=True).expand_as(q)
+
+
+def rolled_back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return v.roll(-1, 1)
+
+
+def split_without_transpose(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, time, width = q.shape
+    parts = (part.reshape(batch, 4, time, width // 4) for part in (q, k, v))
+    return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    missing = -q.shape[1] % 8
+    blocks = (F.pad(part, (0, 0, 0, missing)).unflatten(1, (-1, 8)) for part in (q, k, v))
+    return F.scaled_dot_product_attention(*blocks).flatten(1, 2)[:, : q.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("mix", "cause"),
+    [
+        (by_frequencies, "mixer.not_causal"),
+        (linear_attention, "mixer.not_causal"),
+        (keys_weighed_over_time, "mixer.not_causal"),
+        (rolled_back, "mixer.not_causal"),
+        (split_without_transpose, "attention.heads_scrambled"),
+        (in_blocks, "mask.block_leak"),
+    ],
+)
+def test_the_operation_decides(mix: Callable[[Tensor, Tensor, Tensor], Tensor], cause: str) -> None:
+    found = named(Subject(lambda: Mixing(mix)).open())
+    assert found.id == cause
+    assert "(test_leaks.py:" in found.where
+
+
+class Ahead(nn.Module):
+    """A convolution that torch sees nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(61, 48), nn.Linear(48, 61)
+        self.mix = Unseen()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.mix(self.embed(input_ids)))
+
+
+class Unseen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        array = x.detach().numpy()
+        array[:, :-1] += array[:, 1:]
+        return torch.from_numpy(array)
+
+
+def test_where_no_operation_is_seen_nothing_is_ruled_out() -> None:
+    found = leak.probe(Subject(Ahead).open(), 0)
+    against = {each.cause for each in found if each.verdict in (Verdict.against, Verdict.ruled_out)}
+    assert not against & {"mask.missing", "mask.off_by_one", "mixer.not_causal"}
+    assert {each.where for each in found if each.cause == "mixer.not_causal"} == {"mix"}
+
+
+def test_a_mask_that_is_missing_and_a_pool_behind_it_are_both_told() -> None:
+    def pooled(original: Any, *args: Any) -> Any:
+        made, present = original(*args)
+        return made + made.mean(1, keepdim=True), present
+
+    def both() -> nn.Module:
+        model = by_hand(build("linear_bias"), lambda scores: scores.softmax(-1))
+        around(model.layers[2], pooled)
+        return model
+
+    found = {each.cause: each.where for each in leak.probe(Subject(both).open(), 0) if each.where}
+    assert "layers.1.attention: Tensor.softmax" in found["mask.missing"]
+    assert "layers.2: Tensor.mean (test_leaks.py" in found["mixer.not_causal"]
+
+
+def test_each_kind_of_operation_is_judged() -> None:
+    assert {*leak.BESIDE, Kind.attention} == set(Kind)
