@@ -399,11 +399,16 @@ def _is_bias(leaf: str, parameter: Tensor) -> bool:
 
 
 def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[str, Tensor | None]) -> None:
-    """Freeze every second parameter: it must get no gradient and stay frozen, and the others keep theirs."""
+    """Freeze every second parameter: it must get no gradient and stay frozen, and the others keep theirs.
+
+    The gradients that the frozen ones had are dropped from `before`: of a large model two sets do not fit.
+    """
+    top = max((float(g.abs().max()) for g in before.values() if g is not None), default=0.0)
     parameters = {name: p for name, p in quiet.module.named_parameters() if name in before}
     frozen = list(parameters)[1::2]
     for name in frozen:
         parameters[name].requires_grad_(False)
+        del before[name]
     after = projected_gradients(quiet, ctx, ids)
     thawed = [name for name in frozen if parameters[name].requires_grad or after.get(name) is not None]
     if thawed:
@@ -412,7 +417,6 @@ def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[s
             where=", ".join(thawed[:4]),
             hint=Hint("forward() or train() sets requires_grad back; freezing is the user's to decide", "grad.frozen"),
         )
-    top = max((float(g.abs().max()) for g in before.values() if g is not None), default=0.0)
     for name, grad in after.items():
         old = before[name]
         if (grad is None) != (old is None):
