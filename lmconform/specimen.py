@@ -53,6 +53,7 @@ class Specimen:
         recipe: Any = None,
         reference: Specimen | None = None,
         home: Device | None = None,
+        converted: bool = False,
         announce: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.module = module
@@ -68,6 +69,7 @@ class Specimen:
         self.recipe = recipe
         self.reference = reference
         self.home = home
+        self.converted = converted  # to a type that was asked for: buffers too, which from_pretrained would not do
         self.announce = announce
         self._pristine = pristine
         self._capabilities: dict[str, capabilities.Capability] = {}
@@ -91,10 +93,7 @@ class Specimen:
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights (the first floating parameter's)."""
-        import torch
-
-        floating = (p.dtype for p in self.module.parameters() if p.is_floating_point())
-        return next(floating, torch.get_default_dtype())
+        return _dtype_of(self.module)
 
     @property
     def device(self) -> torch.device:
@@ -263,7 +262,7 @@ class Specimen:
             "name": self.name, "spec": self.spec, "source": self.source, "seed": self.seed, "builder": self.builder,
             "pristine": self._pristine, "tokenizer": self.tokenizer, "recipe": self.recipe,
             "tokenizer_trouble": self.tokenizer_trouble,
-            "reference": self.reference, "home": self.home, "announce": self.announce,
+            "reference": self.reference, "home": self.home, "converted": self.converted, "announce": self.announce,
         }  # fmt: skip
         keep.update(changes)
         derived = Specimen(module, self.convention, self.vocab_size, **keep)
@@ -283,11 +282,11 @@ class Specimen:
             if self.builder is None:
                 raise Unavailable(f"the model cannot be copied: {type(error).__name__}: {error}") from error
         else:
-            if self.builder is None or not _shares_memory(copied, self.module):
+            if self.builder is None or not shares_memory(copied, self.module):
                 return copied
         fresh = self.builder(self.seed)
         give_weights(fresh, self.module)
-        return self.put(fresh.to(self.dtype)).train(self.module.training)
+        return self.put(cast(fresh, self.dtype)).train(self.module.training)
 
     @property
     def is_large(self) -> bool:
@@ -358,7 +357,7 @@ class Specimen:
 
         if whole:
             self._afford(self.weight_bytes * 8 // max(1, self.dtype.itemsize), "a float64 copy")
-            return self._derive(self._copied_module().to(torch.float64))
+            return self._derive(convert(self._copied_module(), torch.float64))
         widened = self.changed(lambda name, weight: weight.double() if weight.is_floating_point() else weight)
         for part in widened.module.modules():
             for name, buffer in part._buffers.items():
@@ -371,7 +370,7 @@ class Specimen:
         """Built anew under that seed, weights as the builder leaves them. Raises Unavailable without a builder."""
         if self.builder is None:
             raise Unavailable(str(self.can("rebuild").reason))
-        return self._derive(self.put(self.builder(seed).to(self.dtype)).eval(), seed=seed)
+        return self._derive(self.put(cast(self.builder(seed), self.dtype)).eval(), seed=seed)
 
     def unused(self) -> Specimen:
         """A copy that no forward has run through yet: built anew and given these weights, where that can be done.
@@ -391,7 +390,7 @@ class Specimen:
         if self._loaded is not None:
             return self._loaded
         self._afford(self.weight_bytes, "the model as it was loaded")
-        loaded = self._derive(self.put(self._pristine().to(self.dtype)).eval(), pristine=None)
+        loaded = self._derive(self.put(cast(self._pristine(), self.dtype)).eval(), pristine=None)
         if not self.is_large:
             self._loaded = loaded
         return loaded
@@ -450,6 +449,31 @@ def give_weights(module: nn.Module, source: nn.Module) -> None:
                 parameter.copy_(theirs[name].cpu())
 
 
+def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """module.to(dtype); complex numbers, which would lose their imaginary part, become as precise as that type."""
+    import torch
+
+    pairs = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+    def converted(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(pairs.get(dtype, tensor.dtype))
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return module._apply(converted)
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The same for a module whose weights are of another type; one that was built in that type keeps its buffers."""
+    return module if _dtype_of(module) == dtype else convert(module, dtype)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    import torch
+
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
 def _empty_containers(module: nn.Module) -> dict[int, Any]:
     """A memo for copy.deepcopy() with new empty containers for the empty ones of a module: half of a copy's time.
 
@@ -457,10 +481,10 @@ def _empty_containers(module: nn.Module) -> dict[int, Any]:
     """
     kinds = (OrderedDict, dict, set, list)
     held = (value for each in module.modules() for value in vars(each).values() if type(value) in kinds)
-    return {id(value): type(value)() for value in held if not value}
+    return {id(value): type(value)() for value in held if not value and not getattr(value, "__dict__", None)}
 
 
-def _shares_memory(copied: nn.Module, module: nn.Module) -> bool:
+def shares_memory(copied: nn.Module, module: nn.Module) -> bool:
     """Whether a weight of the copy is the original's: a __deepcopy__ of the model's own gives itself back."""
     here = {parameter.data_ptr() for parameter in module.parameters() if parameter.numel() and not parameter.is_meta}
     return any(parameter.data_ptr() in here for parameter in copied.parameters() if not parameter.is_meta)

@@ -102,7 +102,7 @@ class Subject:
         import torch
 
         from lmconform.excitation import excite
-        from lmconform.specimen import Specimen, random_ids
+        from lmconform.specimen import Specimen, convert, random_ids
 
         given = self.model_or_builder
         if isinstance(given, torch.nn.Module):
@@ -115,7 +115,7 @@ class Subject:
         if not as_loaded:
             pristine = _pristine(self, module, seed)
         try:
-            module = home.put(module.to(dtype) if dtype else module, announce)
+            module = home.put(convert(module, dtype) if dtype else module, announce)
         except Exception as error:
             raise BuildError(
                 f"{self.name}: .to({home.place}) raised {type(error).__name__}: {first_line(error)}"
@@ -145,6 +145,7 @@ class Subject:
             tokenizer_trouble=self.tokenizer_trouble,
             recipe=self.recipe,
             home=home,
+            converted=dtype is not None,
             announce=announce,
         )
 

@@ -28,6 +28,11 @@ def epsilon(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether it is one of the half types, whose rounding is as large as many an effect that is looked for."""
+    return epsilon(dtype) > 1e-4
+
+
 def noise_floor(subject: Specimen) -> float:
     """What rounding does to the logits of `subject.noise_ids`, in logits (absolute)."""
     floors = [subject.perturbation]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")
 SLACK = 3  # padding columns in the padded variants
+OVERFLOWS = "not tried with weights x{}: the logits are not finite there"
 AXES = ("tokens changed after position", "seen at position")
 AT_ONCE = 1 << 25  # logits of one call: every row of a small vocabulary, 128 MiB of float32 of a large one
 COMPARED_AT_ONCE = 1 << 19
@@ -188,7 +189,7 @@ def heavier(subject: Specimen, factor: int, ctx: Context) -> Specimen | None:
     if factor not in made:
         made[factor] = subject.scaled(float(factor))
     if made[factor].noise != made[factor].noise:
-        ctx.note(f"not tried with weights x{factor}: the logits are not finite there")
+        ctx.note(OVERFLOWS.format(factor))
         return None
     return made[factor]
 
@@ -198,6 +199,12 @@ def compare_futures(specimen: Specimen, ctx: Context, case: Case, subject: Speci
     ids = ctx.ids(1, time)
     rows = futures(ids, ctx.other_ids(ids))
     mask = mask_of(case.mask, time, time, ids)
+    compared = watched(time, mask, ids.device)
+    if specimen is not subject:  # a half type has room for one text, and not for another
+        unchanged = specimen.logits(rows[-1:], mask=None if mask is None else mask[-1:])
+        if not bool(unchanged[compared[-1:]].isfinite().all()):
+            ctx.note(OVERFLOWS.format(case.weights))
+            return
 
     def hint() -> str:
         known = _hints.setdefault(subject, {})
@@ -209,7 +216,7 @@ def compare_futures(specimen: Specimen, ctx: Context, case: Case, subject: Speci
     compare_rows(
         ctx,
         lambda chosen: specimen.logits(rows[chosen], mask=None if mask is None else mask[chosen]),
-        watched(time, mask, ids.device),
+        compared,
         "logits up to t change when only tokens after t change: the model sees the future",
         where=f"mask {case.mask}, weights x{case.weights}",
         hint=hint,

@@ -12,7 +12,7 @@ from lmconform import tolerance
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.registry import register_check
-from lmconform.specimen import Specimen
+from lmconform.specimen import Specimen, cast
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,7 +132,7 @@ def _rebuilder(subject: Specimen, ctx: Context) -> Callable[[dict[str, Any]], nn
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = type(subject.module)(changed)
-        module = module.to(subject.device).to(subject.dtype).eval()
+        module = cast(module.to(subject.device), subject.dtype).eval()
         own = module.state_dict()
         fitting = {
             name: tensor for name, tensor in weights.items()

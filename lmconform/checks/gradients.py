@@ -229,7 +229,8 @@ def projected_gradients(subject: Specimen, ctx: Context, ids: Tensor, train: boo
         for name, p in subject.module.named_parameters()
         if p.requires_grad and p.numel()
     }
-    subject.module.zero_grad(set_to_none=True)
+    for parameter in subject.module.parameters():  # not zero_grad(), which a model may have of its own
+        parameter.grad = None
     return grads
 
 
@@ -268,12 +269,13 @@ def count_calls(module: nn.Module) -> dict[int, int]:
 def unreached(subject: Specimen, grads: dict[str, Tensor | None]) -> dict[str, list[int]]:
     """Parameters whose gradient is missing or below rounding, and which features (all: an empty list).
 
-    Features are the output rows of a linear layer and the columns of an embedding table.
+    Features are the output rows of a linear layer and the columns of an embedding table. In half precision rounding is
+    as large as many a gradient: only what is exactly 0 counts there.
     """
     from torch import nn
 
     top = max((float(g.abs().max()) for g in grads.values() if g is not None), default=0.0)
-    floor = tolerance.FACTOR * tolerance.epsilon(subject.dtype) * top
+    floor = 0.0 if tolerance.is_half(subject.dtype) else tolerance.FACTOR * tolerance.epsilon(subject.dtype) * top
     linear = {f"{name}.weight" for name, part in subject.module.named_modules() if isinstance(part, nn.Linear)}
     tables = embedding_tables(subject)
     found: dict[str, list[int]] = {}

@@ -25,6 +25,7 @@ from lmconform.measuring.saving import (
     through_state_dict,
 )
 from lmconform.registry import register_check
+from lmconform.specimen import cast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -238,7 +239,7 @@ def _from_meta(subject: Specimen, ctx: Context) -> Specimen:
                 f"{name} is outside the state dict, and {type(owner).__name__} has no reset_parameters()"
             )
         resets[name.rpartition(".")[0]] = method
-    module = module.to(subject.dtype).to_empty(device=subject.device)
+    module = cast(module, subject.dtype).to_empty(device=subject.device)
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if name in state or name in own:

@@ -14,7 +14,7 @@ from lmconform.conventions import first_line
 from lmconform.measuring.exercises import Course, Run, exercised, exercises, forward, probe, sound_here
 from lmconform.measuring.traces import Call, recorded
 from lmconform.registry import register_check
-from lmconform.specimen import Specimen, give_weights
+from lmconform.specimen import Specimen, cast, give_weights
 
 if TYPE_CHECKING:
     import torch
@@ -345,7 +345,7 @@ def _built_there(
             ),
         )
     give_weights(module, subject.module)  # they were excited or loaded; what else the constructor computed stays
-    built = subject._derive(module.to(subject.dtype).eval())
+    built = subject._derive(cast(module, subject.dtype).eval())
     with default_device(device):
         course = exercised(built, built.device, ids, {"forward": forward})
     for name, place in course.strays.items():

@@ -154,13 +154,16 @@ def check_precision(subject: Specimen, ctx: Context) -> None:
             leave(ctx, f"takes no position {FAR} ({type(error).__name__})")
     ran = False
     for case in ctx.cases():
-        half = _in_half(subject, getattr(torch, case.dtype))
+        dtype = getattr(torch, case.dtype)
+        half = _in_half(subject, dtype)
         ask = block_input if absolute else _logits
         try:
             measured_near, measured_far = ask(half, ids, positions=near), ask(half, ids, positions=far)
         except Exception as error:
             ctx.note(f"does not run in {case.dtype} ({type(error).__name__})")
             continue
+        finally:
+            del half  # before the next one is made
         right_near, right_far = ask(exact, ids, positions=near), ask(exact, ids, positions=far)
         if measured_near is None or measured_far is None or right_near is None or right_far is None:
             continue
@@ -168,7 +171,7 @@ def check_precision(subject: Specimen, ctx: Context) -> None:
             ctx.note(f"gives no finite numbers in {case.dtype}, near position 0 either")
             continue
         ran = True
-        cost = max(_drift(measured_near, right_near), tolerance.epsilon(half.dtype) * float(right_near.std()) / 8)
+        cost = max(_drift(measured_near, right_near), tolerance.epsilon(dtype) * float(right_near.std()) / 8)
         ctx.within(
             _drift(measured_far, right_far),
             DRIFT_FACTOR * cost,

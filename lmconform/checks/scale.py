@@ -10,6 +10,7 @@ from lmconform import charts, structure, tolerance
 from lmconform.context import Hint
 from lmconform.measuring import traces
 from lmconform.registry import register_check
+from lmconform.specimen import shares_memory
 
 if TYPE_CHECKING:
     import torch
@@ -202,7 +203,7 @@ def _redrawn(subject: Specimen, seed: int) -> Specimen:
     from torch import nn
 
     loaded = subject.as_loaded()
-    made_anew = subject.is_large and loaded is not subject  # and nobody else's
+    made_anew = subject.is_large and not shares_memory(loaded.module, subject.module)  # a builder may keep one module
     copied = loaded if made_anew else loaded.copy()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

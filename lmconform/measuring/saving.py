@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import structure
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.specimen import convert
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,6 +104,8 @@ def through_pretrained(subject: Specimen, ctx: Context, folder: str) -> Specimen
                     "weights.not_loaded",
                 ),
             )
+    if subject.converted:
+        module = convert(module, subject.dtype)
     return subject._derive(subject.put(module).eval())
 
 
@@ -268,6 +271,7 @@ def in_a_fresh_process(subject: Specimen, ctx: Context, folder: str, ids: Tensor
         "folder": folder,
         "seed": subject.seed + 1,
         "dtype": str(subject.dtype),
+        "converted": subject.converted,
         "threads": torch.get_num_threads(),
         "spec": subject.spec,
         "options": _loading_options(subject),
@@ -335,7 +339,7 @@ def answer(job: dict[str, Any]) -> None:
             holder = getattr(holder, part)
         with quiet_transformers():
             module = holder.from_pretrained(job["folder"], dtype=dtype, **job["options"])
-        made = Subject(module).open(as_loaded=True)
+        made = Subject(module).open(as_loaded=True, dtype=job["dtype"] if job["converted"] else None)
     else:
         made = as_subject(job["spec"]).open(seed=job["seed"], as_loaded=True, dtype=job["dtype"])
         made.module.load_state_dict(torch.load(place / "state.pt", weights_only=True))

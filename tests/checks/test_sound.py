@@ -55,6 +55,13 @@ def test_smoke_verdicts_are_the_cpus(name: str, device: str) -> None:
     assert verdicts(name, device, "smoke") == verdicts(name, "cpu", "smoke")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", SOUND)
+def test_conforms_in_half_precision(name: str, dtype: str) -> None:
+    report = conforms(name, 1, profile="default", dtype=dtype, deselect="training,collapse")
+    assert report.counts["blocked"] == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOUND)
 def test_default_verdicts_are_the_cpus(name: str, device: str) -> None:

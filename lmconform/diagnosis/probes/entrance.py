@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 TIMES = (23, 19, 17, 29, 31, 13, 11)  # primes: a product of two other sizes is none
 FIRST = 3  # the positions before may be padding
 LARGEST = 1 << 20  # entries of a tensor without time that is kept
+WEIGHT = -1  # instead of the step that made a value: it is made of weights alone
+SAMPLE = 1 << 12  # entries of it that are compared
 SLACK = 1e-4  # of the largest entry
 SDPA = "scaled_dot_product_attention"
 ATTENTION = {"softmax", SDPA}
@@ -48,9 +52,11 @@ class Entrance:
     kind: Kind
     place: str
     call: str
+    used: str = ""  # the call that brings what was made of later tokens to earlier positions, where it is another
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.call}" if self.place else self.call
+        what = f"{self.call}, brought to earlier positions by {self.used}" if self.used else self.call
+        return f"{self.place}: {what}" if self.place else what
 
 
 @dataclass
@@ -61,6 +67,8 @@ class _Step:
     name: str
     call: str
     place: str
+    visit: tuple[Any, ...]  # which call of a module: the names that lead to it, and the how manyth call each is
+    shapes: tuple[tuple[int, ...], ...]  # of all that went in and came out
     along: str  # of a softmax: "queries", the first of two axes of time, or "time", the only one
     axes: tuple[tuple[int, int], ...]  # of the first tensor with time that went in, and that came out: how many, which
     pairwise: tuple[bool, bool]  # whether a tensor [..., time, time, ...] went in, and came out
@@ -92,22 +100,32 @@ def find_entrance(
     found = None
     for within in dict.fromkeys((place, "")):
         first, second = (_steps(subject, time, run, within) for run in runs)
-        index = _first(first, second)
+        index, pairs = _first(first, second)
         if index is not None:
-            step = _over_blocks(index, first) or first[_origin(index, first, second)]
-            found = Entrance(_kind(step, first), step.place, step.call)
+            step = _over_blocks(index, first) or first[_origin(index, pairs)]
+            used = first[index].call if step.number < index else ""
+            used = used if used.partition(" ")[2] != step.call.partition(" ")[2] else ""  # on another line
+            found = Entrance(_kind(step, first), step.place, step.call, used)
             if not step.told:
                 break
     return found
 
 
-def _first(first: Sequence[_Step], second: Sequence[_Step]) -> int | None:
-    for index, (left, right) in enumerate(zip(first, second)):
-        if left.name != right.name:
-            return None
+def _first(first: Sequence[_Step], second: Sequence[_Step]) -> tuple[int | None, dict[int, tuple[_Step, _Step]]]:
+    theirs: dict[tuple[Any, ...], list[_Step]] = {}
+    for step in second:
+        theirs.setdefault(step.visit, []).append(step)
+    following = {visit: iter(steps) for visit, steps in theirs.items()}
+    pairs: dict[int, tuple[_Step, _Step]] = {}
+    for index, left in enumerate(first):
+        right = next(following.get(left.visit, iter(())), None)
+        if right is None or (left.call, left.shapes) != (right.call, right.shapes):
+            following[left.visit] = iter(())  # values decide what is done: from here on this call is not the same
+            continue
+        pairs[index] = left, right
         if _differ(left.outputs, right.outputs) and not _differ(left.inputs, right.inputs):
-            return index
-    return None
+            return index, pairs
+    return None, pairs
 
 
 def _over_blocks(index: int, steps: Sequence[_Step]) -> _Step | None:
@@ -117,11 +135,11 @@ def _over_blocks(index: int, steps: Sequence[_Step]) -> _Step | None:
     return before[-1] if before and not step.inputs and not before[-1].inputs else None
 
 
-def _origin(index: int, first: Sequence[_Step], second: Sequence[_Step]) -> int:
+def _origin(index: int, pairs: Mapping[int, tuple[_Step, _Step]]) -> int:
     """Where a value without time brings the later tokens in: the step that pooled them into it."""
-    for source in first[index].sources:
-        if _differ(first[source].without_time, second[source].without_time):
-            return _origin(source, first, second)
+    for source in pairs[index][0].sources:
+        if source in pairs and _differ(pairs[source][0].without_time, pairs[source][1].without_time):
+            return _origin(source, pairs)
     return index
 
 
@@ -147,49 +165,61 @@ def _steps(subject: Specimen, time: int, run: Callable[[], object], within: str)
 
     from lmconform.simulated.tracking import call_name, tensors_in
 
-    running: list[str] = [""]
+    running: list[tuple[str, tuple[Any, ...]]] = [("", ())]
+    visits: Counter[tuple[Any, ...]] = Counter()
     made: list[_Step] = []
-    makers: dict[int, tuple[int, Tensor]] = {}  # the tensor too, so that no other is given its id
+    makers: dict[int, tuple[int, weakref.ref[Tensor]]] = {}  # the tensor too: its id may be another's by now
 
     def values(found: Any) -> list[Tensor]:
         return [each.detach() for each in tensors_in(found) if _comparable(each)]
 
+    def maker(tensor: Tensor) -> int | None:
+        number, kept = makers.get(id(tensor), (None, None))
+        return number if kept is not None and kept() is tensor else None
+
+    def is_weight(tensor: Tensor) -> bool:
+        return isinstance(tensor, torch.nn.Parameter) or maker(tensor) == WEIGHT
+
     class Recording(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if not _within(running[-1], within):
+            if not _within(running[-1][0], within):
                 return call_through(self, func, args, kwargs)
             given = [each for each in values((args, kwargs)) if time in each.shape]
             inputs = [_early(each, time) for each in given]  # before the call: it may be in place
             hidden = all(_future_hidden(each, time) for each in given if _pairwise(each, time))
-            others = [
-                each for each in tensors_in((args, kwargs)) if each.is_floating_point() and time not in each.shape
-            ]
-            sources = [makers[id(each)][0] for each in others if id(each) in makers]
-            told = any(not isinstance(each, torch.nn.Parameter) for each in others if id(each) not in makers)
+            others = [each for each in tensors_in((args, kwargs)) if _comparable(each) and time not in each.shape]
+            sources = [number for each in others if (number := maker(each)) not in (None, WEIGHT)]
+            told = any(not is_weight(each) for each in others if maker(each) is None)
+            alike = all(is_weight(each) for each in tensors_in((args, kwargs)))
             result = call_through(self, func, args, kwargs)
             results = args[:1] if result is None else result  # x[...] = y gives nothing back
             timed = [each for each in values(results) if time in each.shape]
             alone = [each for each in values(results) if time not in each.shape and each.numel() <= LARGEST]
             if not timed and not alone:
                 return result
+            if alike and not timed:  # BitNet's quantised weights, say: no token has a part in them
+                makers.update((id(each), (WEIGHT, weakref.ref(each))) for each in tensors_in(results))
+                return result
             for each in tensors_in(results):
                 if _comparable(each) and time not in each.shape and each.numel() <= LARGEST:
-                    makers[id(each)] = len(made), each
+                    makers[id(each)] = len(made), weakref.ref(each)
             name = getattr(func, "__name__", "")
             made.append(
                 _Step(
                     len(made),
                     name,
                     f"{call_name(func)}{_line()}",
-                    running[-1],
+                    running[-1][0],
+                    running[-1][1],
+                    tuple(tuple(each.shape) for each in (*given, *others, *values(results))),
                     _softmax_along(args, kwargs, time) if name == "softmax" else "",
                     tuple((each[0].dim(), each[0].shape.index(time)) for each in (given, timed) if each),
                     (any(_pairwise(each, time) for each in given), any(_pairwise(each, time) for each in timed)),
                     hidden,
                     inputs,
                     [_early(each, time) for each in timed],
-                    [each.clone() for each in alone],
+                    [_sample(each) for each in alone],
                     sources,
                     told,
                 )
@@ -197,7 +227,12 @@ def _steps(subject: Specimen, time: int, run: Callable[[], object], within: str)
             return result
 
     def enters(name: str) -> Callable[..., None]:
-        return lambda module, args: running.append(name)
+        def hook(module: nn.Module, args: Any) -> None:
+            key = (*running[-1][1], name)
+            visits[key] += 1
+            running.append((name, (*key, visits[key])))
+
+        return hook
 
     def leaves(module: nn.Module, args: Any, output: Any) -> None:
         running.pop()
@@ -205,10 +240,12 @@ def _steps(subject: Specimen, time: int, run: Callable[[], object], within: str)
     named = [(name, part) for name, part in subject.module.named_modules() if name]
     with (
         traces.hooked(*(part.register_forward_pre_hook(enters(name)) for name, part in named)),
-        traces.hooked(*(part.register_forward_hook(leaves) for _, part in named)),
+        traces.hooked(*(part.register_forward_hook(leaves, always_call=True) for _, part in named)),
         torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
         Recording(),
     ):
+        torch.manual_seed(0)  # noise of train mode is the same both times
         run()
     return made
 
@@ -238,21 +275,26 @@ def straightened(enters: Entrance, time: int) -> Iterator[None]:
         yield
 
 
+OWN = (__file__, call_through.__code__.co_filename)
+
+
 def _line() -> str:
     """Where in the model's own code the call stands; "" where that is not known."""
     from lmconform.runner import PACKAGE
     from lmconform.simulated.tracking import is_library
 
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and (is_library(frame.f_code) or frame.f_code.co_filename.startswith(PACKAGE)):
+    while frame is not None and (is_library(frame.f_code) or frame.f_code.co_filename in OWN):
         frame = frame.f_back
-    return "" if frame is None else f" ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
+    if frame is None or frame.f_code.co_filename.startswith(PACKAGE):  # the model has no line of its own in it
+        return ""
+    return f" ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
 
 
 def _comparable(tensor: Tensor) -> bool:
     import torch
 
-    numbers = tensor.is_floating_point() or tensor.is_complex()
+    numbers = (tensor.is_floating_point() and tensor.dtype.itemsize > 1) or tensor.is_complex()  # none of float8
     return numbers and tensor.layout == torch.strided and not tensor.is_nested
 
 
@@ -262,6 +304,12 @@ def _early(tensor: Tensor, time: int) -> Tensor:
         if size == time:
             tensor = tensor.narrow(axis, FIRST, time // 2 - FIRST)
     return tensor.clone()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some of its entries: where later tokens enter a value without time, they enter nearly all of it."""
+    flat = tensor.reshape(-1)
+    return flat[:: 1 + flat.numel() // SAMPLE].clone()
 
 
 def _pairwise(tensor: Tensor, time: int) -> bool:
