@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from lmconform.conventions import ConventionError, find_convention, first_line
 from lmconform.devices import Device, DeviceError
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lmconform.specimen import Specimen
+
+
+_handed_out: WeakSet[nn.Module] = WeakSet()  # by builders, some of which give the same module each time
 
 
 class BuildError(Exception):
@@ -180,6 +184,9 @@ class Subject:
                 f"{self.name}: the builder returned {type(made).__name__}, expected an nn.Module, "
                 "a (model, tokenizer) pair or a (model, tokenizer, recipe) triple"
             )
+        if made in _handed_out:  # it may be in use as it was built the last time
+            made = copy.deepcopy(made)
+        _handed_out.add(made)
         return made
 
 

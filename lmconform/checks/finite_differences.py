@@ -80,7 +80,7 @@ def check_correct(subject: Specimen, ctx: Context) -> None:
         found: list[tuple[float, float, str, str]] = []
         groups = parameter_groups(wide.module, names)
         for group, members in groups.items():
-            products = [float((grads[name] * directions[name]).sum()) for name in members]
+            products = [float((grads[name].conj() * directions[name]).real.sum()) for name in members]  # also complex
             stated = sum(products)
             scale = max(sum(product * product for product in products) ** 0.5, noise)
             measured, bound = surest_difference(partial(value, members), noise, scale)

@@ -10,6 +10,7 @@ from lmconform.checks.first_block import block_input
 from lmconform.checks.positions import LONGEST, SOUND, leave, states
 from lmconform.context import Hint
 from lmconform.registry import register_check
+from lmconform.specimen import convert
 
 if TYPE_CHECKING:
     import torch
@@ -200,7 +201,7 @@ def _in_half(subject: Specimen, dtype: torch.dtype) -> Specimen:
             for name, buffer in part._buffers.items()
             if buffer is not None and name in part._non_persistent_buffers_set
         ]
-    half.module.to(dtype)
+    convert(half.module, dtype)
     for part, name, buffer in kept:
         part._buffers[name] = buffer.to(torch.float32) if buffer.is_floating_point() else buffer
     return half

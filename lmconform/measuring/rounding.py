@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform.measuring.running import followed
 from lmconform.measuring.traces import hooked
+from lmconform.specimen import convert
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ def in_type(subject: Specimen, dtype: torch.dtype) -> Specimen:
     if (wide := kept_in_float32(module, dtype)) is not None:
         tensors: list[tuple[str, Tensor]] = [*module.named_parameters(), *module.named_buffers()]
         kept = {name: tensor.detach() for name, tensor in tensors if wide.search(name) and tensor.is_floating_point()}
-    module = module.to(dtype)
+    module = convert(module, dtype)
     for name, tensor in kept.items():
         holder, _, attribute = name.rpartition(".")
         getattr(module.get_submodule(holder), attribute).data = tensor.to(torch.float32)

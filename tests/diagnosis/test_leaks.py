@@ -223,3 +223,59 @@ def test_a_mask_that_is_missing_and_a_pool_behind_it_are_both_told() -> None:
 
 def test_each_kind_of_operation_is_judged() -> None:
     assert {*leak.BESIDE, Kind.attention} == set(Kind)
+
+
+class Experts(nn.Module):
+    """Sound: each token goes through one of eight layers, and those that no token chose are passed over."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(width, 8), nn.ModuleList(nn.Linear(width, width) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        chosen, out = self.router(flat).argmax(-1), torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0]
+            if len(rows):
+                out.index_add_(0, rows, expert(flat[rows]))
+        return out.view_as(x)
+
+
+class PooledBehindExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(61, 32), nn.ModuleList(Experts(32) for _ in range(2))
+        self.head = nn.Linear(32, 61)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        logits: Tensor = self.head(x + x.mean(1, keepdim=True))
+        return logits
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_that_are_passed_over_are_not_taken_for_the_leak(seed: int) -> None:
+    cause = named(Subject(PooledBehindExperts).open(seed=seed))
+    assert cause.id == "mixer.not_causal"
+    assert "Tensor.mean (test_leaks.py" in cause.where
+
+
+def test_a_module_that_fails_and_is_caught_does_not_shift_the_place() -> None:
+    class Fallback(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.refuses = nn.Flatten(7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.refuses(x)
+            except (IndexError, RuntimeError):
+                return x.cummax(1)[0] + x.flip(1)
+
+    model = PooledBehindExperts()
+    model.layers = nn.ModuleList([Fallback()])
+    assert ": Tensor.flip" in named(Subject(lambda: model).open()).where
+    assert "refuses" not in named(Subject(lambda: model).open()).where

@@ -9,7 +9,7 @@ from lmconform import BuildError
 from lmconform.registry import get_check
 from lmconform.runner import Runner
 
-ELSEWHERE = ("training", "collapse", "distributed", "peft", "placement", "parity", "tokenizer")  # the type matters little
+ELSEWHERE = ("training", "collapse", "distributed", "peft", "placement", "parity", "tokenizer")  # the type is no matter
 SEEN = 0.75
 
 
