@@ -185,7 +185,13 @@ class Subject:
                 "a (model, tokenizer) pair or a (model, tokenizer, recipe) triple"
             )
         if made in _handed_out:  # it may be in use as it was built the last time
-            made = copy.deepcopy(made)
+            try:
+                made = copy.deepcopy(made)
+            except Exception as error:
+                raise BuildError(
+                    f"{self.name}: the builder returned the module that it returned before, which cannot be copied "
+                    f"({type(error).__name__}: {first_line(error)}); let it build a new one each time"
+                ) from error
         _handed_out.add(made)
         return made
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lmconform import Subject, check_model, specimen
+from lmconform import BuildError, Subject, check_model, specimen
 from lmconform.checks.scale import _redrawn
 
 VOCABULARY, WIDTH = 61, 32
@@ -90,3 +91,12 @@ def test_a_large_model_that_its_builder_hands_out_again_is_not_redrawn(monkeypat
     before = subject.module.head.weight.clone()
     _redrawn(subject, 0)
     assert torch.equal(subject.module.head.weight, before)
+
+
+def test_a_module_that_is_handed_out_again_and_cannot_be_copied_is_refused() -> None:
+    one = Filtered()
+    one.lock = threading.Lock()
+    subject = Subject(lambda: one, name="one")
+    subject.open(as_loaded=True)
+    with pytest.raises(BuildError, match="returned before, which cannot be copied .* build a new one each time"):
+        subject.open(as_loaded=True)
