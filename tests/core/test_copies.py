@@ -98,5 +98,5 @@ def test_a_module_that_is_handed_out_again_and_cannot_be_copied_is_refused() -> 
     one.lock = threading.Lock()
     subject = Subject(lambda: one, name="one")
     subject.open(as_loaded=True)
-    with pytest.raises(BuildError, match="returned before, which cannot be copied .* build a new one each time"):
+    with pytest.raises(BuildError, match=r"returned before, which cannot be copied .* build a new one each time"):
         subject.open(as_loaded=True)
