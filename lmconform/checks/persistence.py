@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lmconform.context import Hint
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
+DRAWING = (
+    "normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_",
+    "orthogonal_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_",
+)  # fmt: skip
 COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
 
 
@@ -217,7 +223,7 @@ def _from_meta(subject: Specimen, ctx: Context) -> Specimen:
         ctx.not_applicable("a finished model was given, so it cannot be built on the meta device")
     assert subject.builder is not None
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _nothing_drawn():
             module = subject.builder(subject.seed)
     except Exception as error:
         ctx.not_applicable(f"the builder does not run under torch.device('meta'): {first_line(error)}")
@@ -239,7 +245,11 @@ def _from_meta(subject: Specimen, ctx: Context) -> Specimen:
                 f"{name} is outside the state dict, and {type(owner).__name__} has no reset_parameters()"
             )
         resets[name.rpartition(".")[0]] = method
-    module = cast(module, subject.dtype).to_empty(device=subject.device)
+
+    def empty(tensor: Tensor) -> Tensor:  # as to_empty() does it, by an operation that loads sympy on the meta device
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=subject.device)
+
+    module = cast(module, subject.dtype)._apply(empty)
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if name in state or name in own:
@@ -248,6 +258,24 @@ def _from_meta(subject: Specimen, ctx: Context) -> Specimen:
             method()
     module.load_state_dict(state)
     return subject._derive(module.eval())
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Random numbers in place are not drawn on the meta device, where torch would load its compiler to do nothing."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Drawn(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            drawn = args[0] if args else kwargs.get("tensor")  # so torch.nn.init hands it on
+            if getattr(func, "__name__", "") in DRAWING and isinstance(drawn, torch.Tensor) and drawn.is_meta:
+                return drawn
+            return func(*args, **kwargs)
+
+    with Drawn():
+        yield
 
 
 @register_check(
