@@ -105,8 +105,9 @@ class Subject:
     ) -> Specimen:
         import torch
 
+        from lmconform.copies import convert
         from lmconform.excitation import excite
-        from lmconform.specimen import Specimen, convert, random_ids
+        from lmconform.specimen import Specimen, random_ids
 
         given = self.model_or_builder
         if isinstance(given, torch.nn.Module):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lmconform import tolerance
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.copies import cast
 from lmconform.registry import register_check
-from lmconform.specimen import Specimen, cast
+from lmconform.specimen import Specimen
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.copies import cast
 from lmconform.measuring.saving import (
     in_a_fresh_process,
     named_tensors,
@@ -27,7 +28,6 @@ from lmconform.measuring.saving import (
     through_state_dict,
 )
 from lmconform.registry import register_check
-from lmconform.specimen import cast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,10 +11,11 @@ from weakref import WeakKeyDictionary
 
 from lmconform.context import Hint, Violation
 from lmconform.conventions import first_line
+from lmconform.copies import cast, give_weights
 from lmconform.measuring.exercises import Course, Run, exercised, exercises, forward, probe, sound_here
 from lmconform.measuring.traces import Call, recorded
 from lmconform.registry import register_check
-from lmconform.specimen import Specimen, cast, give_weights
+from lmconform.specimen import Specimen
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from lmconform.cases import Choice, Span
 from lmconform.checks.first_block import block_input
 from lmconform.checks.positions import LONGEST, SOUND, leave, states
 from lmconform.context import Hint
+from lmconform.copies import convert
 from lmconform.registry import register_check
-from lmconform.specimen import convert
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import charts, structure, tolerance
 from lmconform.context import Hint
+from lmconform.copies import shares_memory
 from lmconform.measuring import traces
 from lmconform.registry import register_check
-from lmconform.specimen import shares_memory
 
 if TYPE_CHECKING:
     import torch

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lmconform.copies import convert
 from lmconform.measuring.running import followed
 from lmconform.measuring.traces import hooked
-from lmconform.specimen import convert
 
 if TYPE_CHECKING:
     import torch

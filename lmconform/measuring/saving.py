@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import structure
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.specimen import convert
+from lmconform.copies import convert
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
