@@ -25,7 +25,7 @@ from kill_figures import (
 )
 
 from fixtures.faults import all_faults
-from lmconform.profiles import PROFILES
+from lmconform.flags import PROFILES
 from lmconform.registry import all_checks
 
 if TYPE_CHECKING:

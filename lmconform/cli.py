@@ -16,9 +16,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import Field, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,9 @@ from lmconform.cases import Span
 from lmconform.diagnosis.catalogue import CauseEntry, catalogue
 from lmconform.diagnosis.ranking import RELIABILITY
 from lmconform.expected import ExpectedError, draft, known_deviations, read_expected
+from lmconform.flags import FLAGS, PROFILES
 from lmconform.isolation import Child, WorkerFailure
 from lmconform.options import NAMES, OptionError, Options, make_options, read_ini, require_writable
-from lmconform.profiles import PROFILES
 from lmconform.registry import CAPABILITIES, Check, UnknownCheck, all_checks, select_checks, unknown_id
 from lmconform.results import Report, Result, write_whole
 from lmconform.runner import run_all
@@ -109,8 +109,8 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     check.add_argument("specs", nargs="+", metavar="SPEC", help="what to check")
-    for name, field in NAMES.items():
-        _add_option(check, name, field)
+    for name, words in FLAGS.items():
+        _add_option(check, name, words)
     check.add_argument(
         "--write-expected", metavar="FILE",
         help="draft an expected-failure file of what is red now; reasons are left empty, and refused until filled",
@@ -184,38 +184,28 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_option(parser: argparse.ArgumentParser, name: str, field: Field[Any]) -> None:
+def _add_option(parser: argparse.ArgumentParser, name: str, words: Mapping[str, Any]) -> None:
     """One option of lmconform.options.Options. Nothing is stored unless it is given."""
-    flag = "--" + name.replace("_", "-")
-    annotation = str(field.type)
-    given: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": field.metadata["help"]}
-    if annotation == "bool":
-        if HERE_BY_DEFAULT.get(name, field.default):
-            given["help"] += " (the default)"
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **given)
-        return
-    if field.metadata.get("choices"):
-        given["choices"] = field.metadata["choices"]
-        given["help"] += f" (default: {field.default})"
-    else:
-        given["metavar"] = field.metadata["metavar"]
-    if annotation.startswith("tuple"):
-        given["help"] += "; repeatable, or separated by commas"
-        given["action"] = "append"
-    elif annotation.startswith("int"):
-        given["type"] = int
-    elif annotation.startswith("float"):
-        given["type"] = float
-    parser.add_argument(flag, **given)
+    given: dict[str, Any] = {**words, "dest": name, "default": argparse.SUPPRESS}
+    default = HERE_BY_DEFAULT.get(name, NAMES[name].default)
+    match words.get("action"):
+        case "store_true":
+            given["action"] = argparse.BooleanOptionalAction
+            given["help"] += " (the default)" if default else ""
+        case "append":
+            given["help"] += "; repeatable, or separated by commas"
+    if "choices" in words:
+        given["help"] += f" (default: {default})"
+    parser.add_argument("--" + name.replace("_", "-"), **given)
 
 
 def _options(args: argparse.Namespace) -> Options:
     """The command line over [tool.lmconform] over the defaults. Raises OptionError."""
     values = {**HERE_BY_DEFAULT, **read_ini(Path.cwd())}
-    for name, field in NAMES.items():
+    for name, words in FLAGS.items():
         if hasattr(args, name):
             value = getattr(args, name)
-            values[name] = ",".join(value) if str(field.type).startswith("tuple") else value
+            values[name] = ",".join(value) if words.get("action") == "append" else value
     return make_options(values)
 
 

@@ -1,50 +1,46 @@
-"""The options of a run: one list for the command line, `check_model`, pytest and `[tool.lmconform]`."""
+"""The options of a run, typed and checked, for the command line, `check_model`, pytest and `[tool.lmconform]`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lmconform.profiles import PROFILES
+from lmconform.flags import PROFILES
 
 
 class OptionError(ValueError):
     """An option is misspelt or has a value that it cannot have (exit code 2)."""
 
 
-def _option(default: Any, help: str, metavar: str = "", **more: Any) -> Any:
-    metadata = {"help": help, "metavar": metavar, **more}
-    if isinstance(default, tuple):
-        return field(default_factory=tuple, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Options:
-    """How a subject is checked. Field names are the public option names; `import_` stands for `import`."""
+    """How a subject is checked. Field names are the public option names; `import_` stands for `import`.
 
-    profile: str = _option("default", "how much is run", choices=PROFILES)
-    select: tuple[str, ...] = _option((), "only these checks: ids, families or globs", "ID")
-    deselect: tuple[str, ...] = _option((), "not these checks: ids, families or globs", "ID")
-    device: str = _option("cpu", "where the subject runs: cpu, cuda, cuda:1, mps, or pretended: sim, sim:2", "DEVICE")
-    dtype: str | None = _option(None, "convert the subject: float32, float64, bfloat16, float16", "DTYPE")
-    reference: Any = _option(None, "a sound model of the same weights to compare with", "SPEC")
-    as_loaded: bool = _option(False, "check the weights as they are, not excited ones")
-    expected: str | None = _option(None, "expected failures, a TOML file", "FILE")
-    known: bool = _option(True, "apply the known deviations of transformers that ship with lmconform")
-    seed: int = _option(0, "of weights and tokens", "N")
-    time_budget: float | None = _option(None, "start no further check after so many seconds", "SECONDS")
-    strict: bool = _option(False, "warnings are findings too")
-    isolate: bool = _option(False, "run the subject in a child process")
-    json: str | None = _option(None, "write the report as JSON", "FILE")
-    html: str | None = _option(None, "write the report as one HTML page", "FILE")
-    import_: tuple[str, ...] = _option((), "import this module first", "MODULE")
-    trust_remote_code: bool = _option(False, "let a checkpoint bring its own code")
-    case: str | None = _option(None, "only this case of the selected check, as a reproduction names it", "CASE")
-    timeout: float = _option(120.0, "seconds after which building, or one check, counts as hanging", "SECONDS")
+    What each is for is said once, in `lmconform.flags`.
+    """
+
+    profile: str = "default"
+    select: tuple[str, ...] = ()
+    deselect: tuple[str, ...] = ()
+    device: str = "cpu"
+    dtype: str | None = None
+    reference: Any = None
+    as_loaded: bool = False
+    expected: str | None = None
+    known: bool = True
+    seed: int = 0
+    time_budget: float | None = None
+    strict: bool = False
+    isolate: bool = False
+    json: str | None = None
+    html: str | None = None
+    import_: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    case: str | None = None
+    timeout: float = 120.0
 
     def __post_init__(self) -> None:
         for name in ("select", "deselect", "import_"):
@@ -81,7 +77,7 @@ def read_ini(folder: Path) -> dict[str, Any]:
     file = folder / "pyproject.toml"
     if not file.is_file():
         return {}
-    import tomllib  # here, like difflib below: every start of pytest imports this module
+    import tomllib
 
     try:
         tools = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lmconform.options import NAMES
+from lmconform.flags import FLAGS
 
 if TYPE_CHECKING:
     from lmconform.bench import Comparison
@@ -33,28 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--lm-snapshot", metavar="DIR", dest="lm_snapshot",
         help="compare every subject with its snapshot in DIR; missing and unused ones fail",
     )  # fmt: skip
-    for name, option in NAMES.items():
-        flag = "--lm-" + name.replace("_", "-")
+    for name, words in FLAGS.items():
+        flag, given = "--lm-" + name.replace("_", "-"), {"dest": f"lm_{name}", "default": None, **words}
         if name == "known":
-            group.addoption(
-                "--lm-no-known", dest="lm_known", action="store_const", const=False, default=None,
-                help="leave out the known deviations of transformers",
-            )  # fmt: skip
-        elif option.type == "bool":
-            group.addoption(
-                flag, dest=f"lm_{name}", action="store_const", const=True, default=None, help=option.metadata["help"]
-            )
-        else:
-            several = str(option.type).startswith("tuple")
-            group.addoption(
-                flag, dest=f"lm_{name}", default=None, action="append" if several else "store",
-                metavar=option.metadata["metavar"] or name.upper(), choices=option.metadata.get("choices"),
-                type=_kind(str(option.type)), help=option.metadata["help"],
-            )  # fmt: skip
-
-
-def _kind(annotation: str) -> type:
-    return {"int": int, "float": float}.get(annotation.split(" ")[0], str)
+            flag, given["help"] = "--lm-no-known", "leave out the known deviations of transformers"
+        if words.get("action") == "store_true":
+            given.update(action="store_const", const=name != "known")  # None is: not said, so [tool.lmconform] decides
+        group.addoption(flag, **given)
 
 
 def pytest_configure(config: pytest.Config) -> None:

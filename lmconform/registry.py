@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmconform.cases import Case, Space
-from lmconform.profiles import PROFILES
+from lmconform.flags import PROFILES
 
 if TYPE_CHECKING:
     from lmconform.context import Context

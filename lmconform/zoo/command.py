@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lmconform.expected import ExpectedError, known_deviations
+from lmconform.flags import PROFILES
 from lmconform.options import OptionError, require_writable
-from lmconform.profiles import PROFILES
 from lmconform.registry import UnknownCheck, select_checks
 from lmconform.results import EXECUTED, SCHEMA_VERSION, write_whole
 from lmconform.zoo.client import Refused, Server, ServerError
