@@ -133,12 +133,17 @@ def all_checks() -> dict[str, Check]:
 
 @functools.lru_cache(maxsize=1)
 def _ordered(identities: tuple[int, ...]) -> dict[str, Check]:
-    """Registration order within a family; families that a later one builds on come first. Anew where checks change."""
-    return dict(sorted(_checks.items(), key=lambda item: _family_rank(item[1].family)))
+    """Families that a later one builds on come first; within one, the order of the source. Anew where checks change.
+
+    Not the order of registration: that depends on which module somebody imported first.
+    """
+    return dict(sorted(_checks.items(), key=lambda item: _place(item[1])))
 
 
-def _family_rank(family: str) -> int:
-    return FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
+def _place(check: Check) -> tuple[int, str, int]:
+    rank = FAMILIES.index(check.family) if check.family in FAMILIES else len(FAMILIES)
+    code = getattr(inspect.unwrap(check.function), "__code__", None)  # a callable object has none
+    return rank, getattr(check.function, "__module__", ""), code.co_firstlineno if code else 0
 
 
 def get_check(id: str) -> Check:
@@ -156,7 +161,7 @@ def unknown_id(id: str, known: Iterable[str], kind: str = "check") -> str:
 
 
 def select_checks(profile: str = "default", select: Iterable[str] = (), deselect: Iterable[str] = ()) -> list[Check]:
-    """The checks of a profile, narrowed by ids, families or globs, in the order of registration.
+    """The checks of a profile, narrowed by ids, families or globs, in the registry's order.
 
     A check named by its whole id runs whatever its profile; a family or a glob stays within the profile.
     Raises UnknownCheck for a pattern that matches nothing, ValueError for an unknown profile.
