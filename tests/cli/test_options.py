@@ -13,6 +13,7 @@ import pytest
 
 from lmconform import __version__
 from lmconform.cli import main
+from lmconform.flags import FLAGS
 from lmconform.options import NAMES, read_ini
 from lmconform.registry import all_checks
 
@@ -40,6 +41,14 @@ def test_every_option_has_a_switch(capsys: pytest.CaptureFixture[str]) -> None:
     for name in [*NAMES, "no-known", "no-isolate", "write-expected", "quiet", "no-color"]:
         assert f"--{name.replace('_', '-')}" in text
     assert "exit codes: 0 something ran" in text
+
+
+@pytest.mark.parametrize("name", sorted({*FLAGS, *NAMES}))
+def test_flags_and_options_agree(name: str) -> None:
+    words, annotation = FLAGS[name], str(NAMES[name].type)
+    assert (words.get("action") == "append") == annotation.startswith("tuple")
+    assert (words.get("action") == "store_true") == (annotation == "bool")
+    assert words.get("type", str).__name__ == (annotation.split(" ")[0] if annotation[:3] in ("int", "flo") else "str")
 
 
 @pytest.mark.parametrize(

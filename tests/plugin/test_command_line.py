@@ -167,9 +167,16 @@ def test_misspelt_option_in_the_project_file_is_an_error(project: pytest.Pyteste
     result.stderr.fnmatch_lines(["*no option 'slect'; did you mean select?*"])
 
 
-def test_without_lm_nothing_changes_and_torch_is_not_imported(project: pytest.Pytester) -> None:
+def test_without_lm_nothing_changes_and_next_to_nothing_is_imported(project: pytest.Pytester) -> None:
     project.makepyfile(
-        test_other="import sys\ndef test_clean():\n    assert not {'torch', 'transformers'} & set(sys.modules)"
+        test_other="""
+        import sys
+
+        def test_clean():
+            assert not {'torch', 'transformers'} & set(sys.modules)
+            ours = {name for name in sys.modules if name.startswith('lmconform')}
+            assert ours == {'lmconform', 'lmconform.flags', 'lmconform.pytest_plugin'}
+        """
     )
     plain = project.runpytest_subprocess("test_other.py")
     plain.assert_outcomes(passed=1)
