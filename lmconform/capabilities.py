@@ -60,21 +60,6 @@ def _positions(subject: Specimen) -> Capability:
     return _takes("positions", conventions.POSITIONS)(subject)
 
 
-def _labels(subject: Specimen) -> Capability:
-    taken = _takes("labels", conventions.LABELS)(subject)
-    if not taken:
-        return taken
-    ids = subject.probe_ids()
-    try:
-        output = subject.forward(ids, labels=ids)
-    except Exception:  # for the checks to say
-        return YES
-    if output.logits.dim() == 0:
-        name = subject.convention.labels
-        return Capability(False, f"with {name} forward() returns the loss alone: give the logits that it is of, too")
-    return YES
-
-
 def ignored_label(subject: Specimen) -> int:
     """The label that its loss leaves out: -100, or -1 where it refuses -100 and takes -1 (nanoGPT, minGPT)."""
     found = subject.can("ignored_label").value
@@ -122,7 +107,11 @@ def _cache(subject: Specimen) -> Capability:
     except Exception:  # the cache is offered; that it does not work is for the checks to say
         return YES
     if output.cache is None:
-        return Capability(False, f"forward() takes {subject.convention.cache} but gives no cache back")
+        return Capability(
+            False,
+            f"forward() takes {subject.convention.cache} but gives no cache back; if the caller makes the cache and "
+            "forward() writes into it, an adapter can do so: Subject(build, call=...)",
+        )
     return YES
 
 
@@ -202,7 +191,7 @@ _PROBES: dict[str, Callable[[Specimen], Capability]] = {
     "pos": _positions,
     "cache": _cache,
     "embeds": _embeds,
-    "labels": _labels,
+    "labels": _takes("labels", conventions.LABELS),
     "ignored_label": _ignored_label,
     "gen": _gen,
     "save": lambda subject: YES,

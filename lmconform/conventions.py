@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class Convention:
 
     `labels_shifted`: the model shifts labels itself (Hugging Face's `labels`); a `targets` argument (nanoGPT) is
     compared with the logits as it stands. `targets_for_logits`: logits of every position come only with targets.
+    `loss_alone`: with labels it gives the loss and no logits (nanochat).
     `mask_is_bool`: it wants the padding mask as bool. `mask_refusal`: why an argument called mask is no padding mask
     [batch, time] of 1 and 0; `positions_refusal`: why one called like positions takes none.
     """
@@ -85,6 +87,7 @@ class Convention:
     hidden_states: str | None = None
     attentions: str | None = None
     targets_for_logits: bool = False
+    loss_alone: bool = False
     mask_is_bool: bool = False
     mask_refusal: str = ""
     positions_refusal: str = ""
@@ -105,7 +108,8 @@ class Convention:
         """Call the model once. `inputs` are fields of this convention (mask=..., cache=..., labels=...).
 
         Ids and labels are handed over contiguous, as data loaders do: many a loss calls view(-1) on them. Logits that
-        come flattened with labels, [batch * time, vocab], are given back as [batch, time, vocab].
+        come flattened with labels, [batch * time, vocab], are given back as [batch, time, vocab]. Where labels give the
+        loss alone, the logits are those of a second call without them, which draws the same random numbers.
 
         Raises ConventionError when the model takes no such input or gives no logits.
         """
@@ -126,15 +130,14 @@ class Convention:
         if self.targets_for_logits and self.labels not in keywords and input_ids is not None:
             assert self.labels is not None
             keywords[self.labels] = input_ids
-        if self.call is not None:
-            raw = self.call(module, input_ids, **keywords)
-        elif input_ids is None:
-            raw = module(**keywords)
-        elif self.ids is None:
-            raw = module(input_ids, **keywords)
-        else:
-            raw = module(**{self.ids: input_ids}, **keywords)
-        output = read(raw, cache_name=self.cache)
+        if self.loss_alone and self.labels in keywords:
+            labels = keywords.pop(self.labels)
+            with _random_state_kept(input_ids):
+                loss = lone_loss(self._called(module, input_ids, {**keywords, self.labels: labels}))
+            output = read(self._called(module, input_ids, keywords), cache_name=self.cache)
+            output.loss = loss
+            return output
+        output = read(self._called(module, input_ids, keywords), cache_name=self.cache)
         if self.labels in keywords and input_ids is not None and output.logits.dim() == 2:
             if output.logits.shape[0] != input_ids.numel():
                 raise ConventionError(
@@ -143,6 +146,36 @@ class Convention:
                 )
             output.logits = output.logits.unflatten(0, tuple(input_ids.shape))
         return output
+
+    def _called(self, module: nn.Module, input_ids: Tensor | None, keywords: dict[str, Any]) -> Any:
+        """Whatever forward(), or call(), returns."""
+        if self.call is not None:
+            return self.call(module, input_ids, **keywords)
+        if input_ids is None:
+            return module(**keywords)
+        if self.ids is None:
+            return module(input_ids, **keywords)
+        return module(**{self.ids: input_ids}, **keywords)
+
+
+def _random_state_kept(like: Tensor | None) -> AbstractContextManager[None]:
+    import torch
+
+    return torch.random.fork_rng(devices=[like.device] if like is not None and like.is_cuda else [])
+
+
+def lone_loss(raw: Any) -> Tensor | None:
+    """The loss, where forward() returned it and no logits: a scalar, alone or beside what is no tensor, or by name."""
+    import torch
+
+    if isinstance(raw, torch.Tensor):
+        return raw if raw.dim() == 0 else None
+    named = _named(raw) or {}
+    values = named.values() or (raw if isinstance(raw, tuple | list) else ())
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if not tensors or any(tensor.dim() for tensor in tensors):
+        return None
+    return named.get("loss", tensors[0])
 
 
 def read(raw: Any, cache_name: str | None = None) -> Output:
@@ -246,7 +279,8 @@ def find_convention(
                 tried.append(f"{candidate.describe()}: {type(error).__name__}: {first_line(error)}")
                 continue
         known = _with_known_mask(candidate, module, input_ids, logits)
-        return _with_known_positions(known, module, input_ids), logits.shape[-1]
+        known = _with_known_positions(known, module, input_ids)
+        return _with_known_loss(known, module, input_ids), logits.shape[-1]
     raise ConventionError(
         f"found no way to get logits [batch, time, vocab] out of {type(module).__name__}. Tried, with ids of shape "
         f"{list(input_ids.shape)}:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(tried)) + "\n"
@@ -306,6 +340,20 @@ def _with_known_positions(found: Convention, module: nn.Module, input_ids: Tenso
         refusal = f"{found.positions}= takes no positions 0, 1, ... [1, time]: {type(error).__name__}: "
         return replace(found, positions=None, positions_refusal=refusal + first_line(error))
     return found
+
+
+def _with_known_loss(found: Convention, module: nn.Module, input_ids: Tensor) -> Convention:
+    """The convention, knowing whether labels give the loss alone; what else they do is for the checks to say."""
+    import torch
+
+    if found.labels is None or found.targets_for_logits:
+        return found
+    try:
+        with torch.no_grad(), _random_state_kept(input_ids):
+            raw = found._called(module, input_ids, {found.labels: input_ids})
+    except Exception:
+        return found
+    return found if lone_loss(raw) is None else replace(found, loss_alone=True)
 
 
 def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[Convention]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import structure
 from lmconform.context import Hint
 from lmconform.measuring import traces
+from lmconform.measuring.seeding import builders_seed_left_out
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def check_scale(subject: Specimen, ctx: Context) -> None:
 def check_seeded(subject: Specimen, ctx: Context) -> None:
     """Three builds: twice under one seed, once under another; constants (zeros, ones, decay tables) are exempt.
 
-    Two blocks with equal random matrices are one block copied, or a generator that is seeded again for each.
+    A seed that the builder's own code sets, not the model's, is left out. Two blocks with equal random matrices are one
+    block copied, or a generator that is seeded again for each.
     """
     first, again, other = (newly_built(subject, ctx, offset) for offset in (0, 0, 1))
     weights, repeated, others = (dict(named_tensors(part.module)) for part in (first, again, other))
@@ -253,11 +255,16 @@ def newly_built(subject: Specimen, ctx: Context, offset: int = 0) -> Specimen:
 
     torch.nn.Module.load_state_dict = watched  # type: ignore[method-assign]
     try:
-        new = subject.fresh(subject.seed + offset)
+        with builders_seed_left_out() as places:
+            new = subject.fresh(subject.seed + offset)
     finally:
         torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
     if loads or getattr(new.module, "name_or_path", None):
         ctx.not_applicable("the builder loads trained weights; nothing is left of an initialisation")
+    for place in places:
+        ctx.note(
+            f"the builder sets the seed itself ({place}): left out here, where weights of several seeds are wanted"
+        )
     return new
 
 

@@ -288,7 +288,8 @@ def net_loss(
                 "grad.wrong",
             ),
         )
-    return loss - _auxiliary(subject, ctx, raws[-1] if raws else None), output.logits
+    labelled = raws[0 if subject.convention.loss_alone else -1] if raws else None
+    return loss - _auxiliary(subject, ctx, labelled), output.logits
 
 
 def _call(subject: Specimen, ids: Tensor, labels: Tensor, train: bool, grad: bool, extra: dict[str, Any]) -> Any:

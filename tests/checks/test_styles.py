@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fixtures.subjects.styles import STYLES, Encoder, FloatMask, HandLlama, MaskArgument, NestedLists, UnstatedTable
+from fixtures.subjects.styles import STYLES, Encoder, FloatMask, HandLlama, NestedLists, UnstatedTable
+from fixtures.subjects.styles.lone_loss import LoneLoss
 from fixtures.subjects.styles.nested_lists import Attend
 from lmconform import Report, Subject, check_model
 from lmconform.measuring import traces
@@ -78,7 +79,7 @@ def test_every_token_is_reached_and_told_apart(style: str) -> None:
     assert statuses["positions.distinct"] == "passed"
 
 
-@pytest.mark.parametrize("style", ["nanogpt", "mingpt", "lecture", "dataclass_out", "hand_llama"])
+@pytest.mark.parametrize("style", ["nanogpt", "mingpt", "lecture", "dataclass_out", "hand_llama", "lone_loss"])
 def test_loss_is_compared(style: str) -> None:
     statuses = {result.id: result.status for result in reported(style, 0).results}
     assert statuses["loss.reference"] == "passed"
@@ -127,17 +128,56 @@ def test_ignored_label_is_found() -> None:
     assert found == {"nanogpt": -1, "mingpt": -1, "lecture": -100}
 
 
-def test_loss_alone_is_no_fault() -> None:
-    """With labels the loss alone comes back: there are no logits to compare it with."""
+def of_every_position(self: LoneLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum") / targets.numel()
 
-    class LossAlone(MaskArgument):
-        def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-            logits = super().forward(x)
-            return logits if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    result = verdict(Subject(LossAlone), "loss.reference")
-    assert result.status == "not_applicable"
-    assert "returns the loss alone" in result.message
+def shifted_once_more(self: LoneLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    return LoneLoss.loss(self, logits[:, :-1], targets[:, 1:])
+
+
+def with_padding(self: LoneLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    return LoneLoss.loss(self, logits, targets.clamp(min=0))
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (of_every_position, "the sum divided by all positions, ignored ones too"),
+        (shifted_once_more, "shift"),
+        (with_padding, "differs from the float64 cross-entropy"),
+    ],
+)
+def test_a_loss_that_comes_alone_is_compared(loss: Any, says: str) -> None:
+    result = verdict(Subject(type("Wrong", (LoneLoss,), {"loss": loss})), "loss.reference")
+    assert result.status == "failed"
+    assert says in result.message
+
+
+def test_the_gradient_of_a_loss_that_comes_alone_is_compared() -> None:
+    class Detached(LoneLoss):
+        def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+            return super().loss(torch.cat([logits[:, :1].detach(), logits[:, 1:]], dim=1), targets)
+
+    assert verdict(Subject(Detached), "loss.reference").status == "passed"
+    assert verdict(Subject(Detached), "loss.gradient").status == "failed"
+
+
+def test_a_builder_may_set_the_seed_and_a_model_may_not() -> None:
+    class SeedsItself(LoneLoss):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            super().__init__()
+
+    def seeded() -> nn.Module:
+        torch.manual_seed(0)
+        return LoneLoss()
+
+    sound, broken = verdict(Subject(seeded), "init.seeded"), verdict(Subject(SeedsItself), "init.seeded")
+    assert sound.status == "passed"
+    assert "the builder sets the seed itself (test_styles.py:" in sound.message
+    assert broken.status == "failed"
+    assert "another seed gives the same random weights" in broken.message
 
 
 def test_flattened_logits_with_targets_are_read() -> None:
