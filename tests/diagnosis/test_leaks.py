@@ -48,7 +48,7 @@ def named(specimen: Specimen, check: str = LEAK) -> Cause:
         ("causality.centred_convolution", "model.embed_tokens.1.mix: torch.conv1d"),
         ("causality.next_token_mixed_in", "backbone.layers.1.mixer.in_proj: Tensor.__getitem__"),
         ("causality.group_norm", "layers.1.norm1: torch.nn.functional.group_norm"),
-        ("causality.softmax_over_queries", "blocks.1.attention: Tensor.softmax (held_out.py"),
+        ("causality.softmax_over_queries", "blocks.1.attention: Tensor.softmax (masks.py"),
         ("causality.masked_after_softmax", "layers.2.attention: Tensor.softmax (held_out_ports.py"),
         ("causality.heads_merged_without_transpose", "with it the leak is gone"),
     ],
