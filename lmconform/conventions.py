@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lmconform.adapters import shipped_for
+from lmconform.outputs import CACHE, ConventionError, Output, expect_logits, lone_loss, read
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 IDS = ("input_ids", "idx", "tokens", "ids", "token_ids", "x", "input", "inputs")
@@ -25,7 +25,6 @@ ANY_MASK = ("mask", "attn_mask", "padding_mask")  # may be the causal mask [time
 IGNORED = -100  # the label that does not count, torch's and Hugging Face's default
 SAME = 0.05  # of the logits' spread: below lies rounding, also of half types, or a fault that checks must see
 POSITIONS = ("position_ids", "positions", "pos", "input_pos")
-CACHE = ("past_key_values", "cache_params", "state", "past", "cache", "kv_cache", "kv_caches", "layer_past", "mems")
 USE_CACHE = ("use_cache", "return_cache")
 EMBEDS = ("inputs_embeds", "input_embeds", "embeds")
 LABELS = ("labels", "targets", "target", "y")
@@ -41,28 +40,6 @@ def call(model, input_ids):
     return model(input_ids)                # must come out as logits: [batch, time, vocab]
 
 subject = lmconform.Subject({module}.build, call=call)      # then: lmconform check this_file.py:subject"""
-
-
-class ConventionError(Exception):
-    """No way of calling the model gave logits; the text shows what was tried and the adapter that settles it.
-
-    `tried` has one line for each way, with what came of it.
-    """
-
-    def __init__(self, text: str, tried: Sequence[str] = ()) -> None:
-        super().__init__(text)
-        self.tried = tuple(tried)
-
-
-@dataclass
-class Output:
-    """What one forward gave. `logits`: [batch, time, vocab]; `hidden_states`: one [batch, time, width] a layer."""
-
-    logits: Tensor
-    cache: Any = None
-    loss: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,84 +139,6 @@ def _random_state_kept(like: Tensor | None) -> AbstractContextManager[None]:
     import torch
 
     return torch.random.fork_rng(devices=[like.device] if like is not None and like.is_cuda else [])
-
-
-def lone_loss(raw: Any) -> Tensor | None:
-    """The loss, where forward() returned it and no logits: a scalar, alone or beside what is no tensor, or by name."""
-    import torch
-
-    if isinstance(raw, torch.Tensor):
-        return raw if raw.dim() == 0 else None
-    named = _named(raw) or {}
-    values = named.values() or (raw if isinstance(raw, tuple | list) else ())
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if not tensors or any(tensor.dim() for tensor in tensors):
-        return None
-    return named.get("loss", tensors[0])
-
-
-def read(raw: Any, cache_name: str | None = None) -> Output:
-    """Find logits, cache, loss and hidden states in whatever forward() returned.
-
-    Raises ConventionError where there are no logits.
-    """
-    import torch
-
-    if isinstance(raw, torch.Tensor):
-        return Output(raw)
-    named = _named(raw)
-    if named is not None:
-        if named.get("logits") is None:
-            for other in ("lm_logits", "prediction_logits", "output", "prediction_scores"):
-                if isinstance(named.get(other), torch.Tensor):
-                    named["logits"] = named[other]
-                    break
-            else:
-                if "last_hidden_state" in named:
-                    raise ConventionError(
-                        "returned last_hidden_state and no logits: this is a model without its language-modelling "
-                        "head; load it with AutoModelForCausalLM"
-                    )
-                raise ConventionError(f"returned {type(raw).__name__} with {', '.join(named) or 'nothing'}, no logits")
-        cache = next((named[n] for n in (cache_name, *CACHE) if n and named.get(n) is not None), None)
-        return Output(named["logits"], cache, named.get("loss"), named.get("hidden_states"), named.get("attentions"))
-    if isinstance(raw, tuple | list) and raw:
-        tensors = [item for item in raw if isinstance(item, torch.Tensor)]
-        logits = next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), None)
-        if logits is None:
-            logits = next((t for t in tensors if t.dim() == 2 and t.is_floating_point()), None)
-        if logits is None:
-            raise ConventionError(f"returned {shapes(raw)}: no [batch, time, vocab] tensor among them")
-        loss = next((t for t in tensors if t.dim() == 0), None)
-        cache = next((item for item in raw if item is not None and not isinstance(item, torch.Tensor)), None)
-        return Output(logits, cache, loss)
-    raise ConventionError(f"returned {shapes(raw)}: no logits in it")
-
-
-def _named(raw: Any) -> dict[str, Any] | None:
-    if isinstance(raw, Mapping):
-        return dict(raw)
-    if is_dataclass(raw) and not isinstance(raw, type):
-        return {f.name: getattr(raw, f.name) for f in fields(raw)}
-    if isinstance(raw, tuple) and hasattr(raw, "_asdict"):
-        return dict(raw._asdict())
-    if hasattr(raw, "logits"):
-        names = ("logits", "loss", "hidden_states", "attentions", *CACHE)
-        return {name: getattr(raw, name, None) for name in names}
-    return None
-
-
-def shapes(raw: Any) -> str:
-    """'Tensor[2, 5, 99]', '(Tensor[2, 5, 99], None)', 'str': what forward() returned, for messages."""
-    import torch
-
-    if isinstance(raw, torch.Tensor):
-        return f"Tensor{list(raw.shape)} of {str(raw.dtype).removeprefix('torch.')}"
-    if isinstance(raw, tuple | list):
-        return "(" + ", ".join(shapes(item) for item in raw[:6]) + (", ..." if len(raw) > 6 else "") + ")"
-    if isinstance(raw, Mapping):
-        return "{" + ", ".join(f"{key}: {shapes(value)}" for key, value in list(raw.items())[:6]) + "}"
-    return "None" if raw is None else type(raw).__name__
 
 
 def parameters_of(module: nn.Module) -> tuple[dict[str, inspect.Parameter], bool, bool]:
@@ -408,21 +307,6 @@ def _of_call(call: Callable[..., Any]) -> Convention:
         )
     }  # fmt: skip
     return Convention(None, call=call, labels_shifted=own["labels"] == "labels", **own)
-
-
-def expect_logits(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """The logits, if they are [batch, time, vocab]. Raises ConventionError that names what is off."""
-    batch, time = input_ids.shape
-    shape = list(logits.shape)
-    if not logits.is_floating_point():
-        raise ConventionError(f"returned {shapes(logits)}: not floating, so not logits")
-    if len(shape) == 3 and shape[:2] == [batch, time]:
-        return logits
-    if len(shape) == 3 and shape[:2] == [time, batch] and time != batch:
-        raise ConventionError(f"returned {shape}: time comes first; lmconform wants [batch, time, vocab]")
-    if len(shape) == 3 and shape[:2] == [batch, 1]:
-        raise ConventionError(f"returned {shape}: logits of the last position only")
-    raise ConventionError(f"returned {shape}, expected [{batch}, {time}, vocab]")
 
 
 def first_line(error: BaseException) -> str:

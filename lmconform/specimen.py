@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import capabilities, structure, tolerance
 from lmconform.borrowed import Change, borrowed
-from lmconform.conventions import Convention, Output, first_line
+from lmconform.conventions import Convention, first_line
 from lmconform.copies import cast, convert, dtype_of, empty_containers, give_weights, shares_memory
 from lmconform.exact_masks import masks_in_the_querys_type
+from lmconform.outputs import Output
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,10 @@ from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from lmconform.conventions import ConventionError, find_convention, first_line
+from lmconform.conventions import find_convention, first_line
 from lmconform.devices import Device, DeviceError
 from lmconform.global_state import global_state_kept
+from lmconform.outputs import ConventionError
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,9 @@ from lmconform import structure
 from lmconform.cases import Choice
 from lmconform.checks.first_block import constant_inputs
 from lmconform.context import Hint
-from lmconform.conventions import ConventionError, first_line, shapes
+from lmconform.conventions import first_line
 from lmconform.measuring.generating import Generator
+from lmconform.outputs import ConventionError, shapes
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:

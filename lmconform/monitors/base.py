@@ -181,7 +181,8 @@ class Monitor(TrainerCallback):
     def _forward_seen(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and self._armed):
             return
-        from lmconform.conventions import IDS, read
+        from lmconform.conventions import IDS
+        from lmconform.outputs import read
 
         ids = next((kwargs[name] for name in IDS if name in kwargs), args[0] if args else None)
         seen = read(output)
