@@ -102,6 +102,12 @@ def _cache(subject: Specimen) -> Capability:
     taken = _takes("cache", conventions.CACHE)(subject)
     if not taken:
         return taken
+    if filled := subject.convention.filled:
+        return Capability(
+            False,
+            f"forward() requires {', '.join(name for name, _ in filled)}, and what is right beside a cache cannot be "
+            "guessed; an adapter can say it: Subject(build, call=...)",
+        )
     try:
         output = subject.forward(subject.probe_ids(), use_cache=True)
     except Exception:  # the cache is offered; that it does not work is for the checks to say

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -27,17 +27,22 @@ SAME = 0.05  # of the logits' spread: below lies rounding, also of half types, o
 POSITIONS = ("position_ids", "positions", "pos", "input_pos")
 USE_CACHE = ("use_cache", "return_cache")
 EMBEDS = ("inputs_embeds", "input_embeds", "embeds")
-LABELS = ("labels", "targets", "target", "y")
+LABELS = ("labels", "targets", "target", "y", "target_ids", "target_seq")
+FILLED = {  # what is given where forward() requires it: its size beside a cache is not known
+    "attention_mask": "ones", "padding_mask": "ones",
+    "position_ids": "places", "positions": "places", "input_pos": "places",
+    "start_pos": "zero", "start_position": "zero", "position_offset": "zero",
+}  # fmt: skip
 HIDDEN = ("output_hidden_states",)
 ATTENTIONS = ("output_attentions",)
 
 ADAPTER = """\
-import lmconform, {module}
+import lmconform, {module}{and_torch}
 
 # input_ids: int64 [batch, time]. Inputs that call() names are checked, others are not: attention_mask [batch, time] of
 # 1 and 0, position_ids, past_key_values and use_cache (the cache comes back beside the logits), inputs_embeds, labels
 def call(model, input_ids):
-    return model(input_ids)                # must come out as logits: [batch, time, vocab]
+    return {body:<30}  # must come out as logits: [batch, time, vocab]
 
 subject = lmconform.Subject({module}.build, call=call)      # then: lmconform check this_file.py:subject"""
 
@@ -48,7 +53,8 @@ class Convention:
 
     `labels_shifted`: the model shifts labels itself (Hugging Face's `labels`); a `targets` argument (nanoGPT) is
     compared with the logits as it stands. `targets_for_logits`: logits of every position come only with targets.
-    `loss_alone`: with labels it gives the loss and no logits (nanochat).
+    `loss_alone`: with labels it gives the loss and no logits (nanochat); `kept_loss`: the attribute in which it leaves
+    the loss (llama2.c). `filled`: what it requires and is given by rule, each name with a word of `FILLED`.
     `mask_is_bool`: it wants the padding mask as bool. `mask_refusal`: why an argument called mask is no padding mask
     [batch, time] of 1 and 0; `positions_refusal`: why one called like positions takes none.
     """
@@ -65,6 +71,8 @@ class Convention:
     attentions: str | None = None
     targets_for_logits: bool = False
     loss_alone: bool = False
+    kept_loss: str = ""
+    filled: tuple[tuple[str, str], ...] = ()
     mask_is_bool: bool = False
     mask_refusal: str = ""
     positions_refusal: str = ""
@@ -90,11 +98,34 @@ class Convention:
 
         Raises ConventionError when the model takes no such input or gives no logits.
         """
-        keywords: dict[str, Any] = {}
         if input_ids is not None:
             input_ids = input_ids.contiguous()
-        if inputs.get("labels") is not None:
-            inputs["labels"] = inputs["labels"].contiguous()
+        keywords = self._keywords(input_ids, inputs)
+        labelled = self.labels in keywords
+        if labelled and self.loss_alone:
+            with _random_state_kept(input_ids):
+                loss = lone_loss(self._called(module, input_ids, keywords))
+            del keywords[self.labels]
+            output = read(self._called(module, input_ids, keywords), cache_name=self.cache)
+            output.loss = loss
+            return output
+        before = getattr(module, self.kept_loss, None) if self.kept_loss else None
+        output = read(self._called(module, input_ids, keywords), cache_name=self.cache)
+        if labelled and self.kept_loss:
+            output.loss = getattr(module, self.kept_loss)
+            setattr(module, self.kept_loss, before)  # with its graph the module could not be copied
+        if labelled and input_ids is not None and output.logits.dim() == 2:
+            if output.logits.shape[0] != input_ids.numel():
+                raise ConventionError(
+                    f"with {self.labels} it returned logits {list(output.logits.shape)}, neither [batch, time, vocab] "
+                    f"nor [batch * time, vocab] of ids {list(input_ids.shape)}"
+                )
+            output.logits = output.logits.unflatten(0, tuple(input_ids.shape))
+        return output
+
+    def _keywords(self, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> dict[Any, Any]:
+        """`inputs` under the names that forward() has for them, and what it requires beside them."""
+        keywords: dict[Any, Any] = {}
         for key, value in inputs.items():
             if value is None or (value is False and key != "use_cache"):
                 continue
@@ -103,26 +134,17 @@ class Convention:
                 if key == "use_cache":
                     continue
                 raise ConventionError(f"{self.describe()} takes no {key}")
-            keywords[name] = value.bool() if key == "mask" and self.mask_is_bool else value
-        if self.targets_for_logits and self.labels not in keywords and input_ids is not None:
-            assert self.labels is not None
-            keywords[self.labels] = input_ids
-        if self.loss_alone and self.labels in keywords:
-            labels = keywords.pop(self.labels)
-            with _random_state_kept(input_ids):
-                loss = lone_loss(self._called(module, input_ids, {**keywords, self.labels: labels}))
-            output = read(self._called(module, input_ids, keywords), cache_name=self.cache)
-            output.loss = loss
-            return output
-        output = read(self._called(module, input_ids, keywords), cache_name=self.cache)
-        if self.labels in keywords and input_ids is not None and output.logits.dim() == 2:
-            if output.logits.shape[0] != input_ids.numel():
-                raise ConventionError(
-                    f"with {self.labels} it returned logits {list(output.logits.shape)}, neither [batch, time, vocab] "
-                    f"nor [batch * time, vocab] of ids {list(input_ids.shape)}"
-                )
-            output.logits = output.logits.unflatten(0, tuple(input_ids.shape))
-        return output
+            if key == "mask" and self.mask_is_bool:
+                value = value.bool()
+            keywords[name] = value.contiguous() if key == "labels" else value
+        if self.targets_for_logits and input_ids is not None:
+            keywords.setdefault(self.labels, input_ids)
+        like = input_ids
+        if like is None and self.embeds in keywords:
+            like = keywords[self.embeds][..., 0]
+        if like is None:
+            return keywords
+        return {**{name: _made(how, like, self.mask_is_bool) for name, how in self.filled}, **keywords}
 
     def _called(self, module: nn.Module, input_ids: Tensor | None, keywords: dict[str, Any]) -> Any:
         """Whatever forward(), or call(), returns."""
@@ -133,6 +155,19 @@ class Convention:
         if self.ids is None:
             return module(input_ids, **keywords)
         return module(**{self.ids: input_ids}, **keywords)
+
+
+def _made(how: str, like: Tensor, mask_is_bool: bool) -> Any:
+    """`like`: anything [batch, time] where the ids are."""
+    import torch
+
+    match how:
+        case "ones":
+            return torch.ones(like.shape, dtype=torch.bool if mask_is_bool else torch.int64, device=like.device)
+        case "places":
+            return torch.arange(like.shape[1], device=like.device)[None]
+        case _:
+            return 0
 
 
 def _random_state_kept(like: Tensor | None) -> AbstractContextManager[None]:
@@ -180,12 +215,37 @@ def find_convention(
         known = _with_known_mask(candidate, module, input_ids, logits)
         known = _with_known_positions(known, module, input_ids)
         return _with_known_loss(known, module, input_ids), logits.shape[-1]
+    seen, body = _advice(module, input_ids)
+    adapter = ADAPTER.format(module=where, body=body, and_torch=", torch" if "torch." in body else "")
     raise ConventionError(
         f"found no way to get logits [batch, time, vocab] out of {type(module).__name__}. Tried, with ids of shape "
         f"{list(input_ids.shape)}:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(tried)) + "\n"
-        "Say it once in an adapter:\n\n" + ADAPTER.format(module=where),
+        f"{seen}Say it once in an adapter:\n\n"
+        + ADAPTER.format(module=where, body=body, and_torch=", torch" * ("torch." in body)),
         tried,
     )
+
+
+def _advice(module: nn.Module, input_ids: Tensor) -> tuple[str, str]:
+    """What two more calls showed of a model that gave no logits, and the expression that its adapter returns."""
+    import torch
+
+    named, _, _ = parameters_of(module)
+    labels = next((name for name in LABELS if name in named), None)
+    for ids in (input_ids, input_ids[0]):
+        try:
+            with torch.no_grad():
+                raw = module(ids, **({labels: ids} if labels else {}))
+            if lone_loss(raw) is not None:
+                return (
+                    f"With {labels} it gives the loss and no logits, which is what is compared: let forward() return "
+                    f"them where {labels} is None.\n", "model(input_ids)",
+                )  # fmt: skip
+            if ids.dim() == 1 and read(raw).logits.shape[:-1] == ids.shape:
+                return "It takes one sequence [time] at a time.\n", "torch.stack([model(row) for row in input_ids])"
+        except Exception:
+            continue
+    return "", "model(input_ids)"
 
 
 def _with_known_mask(found: Convention, module: nn.Module, input_ids: Tensor, logits: Tensor) -> Convention:
@@ -242,17 +302,40 @@ def _with_known_positions(found: Convention, module: nn.Module, input_ids: Tenso
 
 
 def _with_known_loss(found: Convention, module: nn.Module, input_ids: Tensor) -> Convention:
-    """The convention, knowing whether labels give the loss alone; what else they do is for the checks to say."""
+    """The convention, knowing whether labels give the loss alone, or leave it in an attribute of the module.
+
+    What else they do is for the checks to say.
+    """
     import torch
 
-    if found.labels is None or found.targets_for_logits:
+    if found.labels is None:
         return found
+    before = _scalars(module)
     try:
         with torch.no_grad(), _random_state_kept(input_ids):
-            raw = found._called(module, input_ids, {found.labels: input_ids})
+            raw = found._called(module, input_ids, found._keywords(input_ids, {"labels": input_ids}))
+        if lone_loss(raw) is not None:
+            return replace(found, loss_alone=True)
+        if read(raw).loss is not None:
+            return found
     except Exception:
         return found
-    return found if lone_loss(raw) is None else replace(found, loss_alone=True)
+    left = [name for name, value in _scalars(module).items() if value is not before.get(name)]
+    if len(left) != 1:
+        return found
+    setattr(module, left[0], before.get(left[0]))
+    return replace(found, kept_loss=left[0])
+
+
+def _scalars(module: nn.Module) -> dict[str, Tensor]:
+    import torch
+
+    attributes = vars(module).items()
+    return {
+        name: value
+        for name, value in attributes
+        if isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point()
+    }
 
 
 def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[Convention]:
@@ -282,13 +365,13 @@ def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[
     if (shipped := shipped_for(module)) is not None:
         yield _of_call(shipped)
     known = [name for name in IDS if name in named]
-    required = [
-        name
-        for name, parameter in named.items()
-        if parameter.default is parameter.empty and name not in known and parameter.kind != parameter.KEYWORD_ONLY
-    ]
-    for name in [*known, *required[:1]]:
+    required = [name for name, parameter in named.items() if parameter.default is parameter.empty and name not in known]
+    shared["filled"] = tuple((name, FILLED[name]) for name in required if name in FILLED)
+    unknown = [name for name in required if name not in FILLED and named[name].kind != inspect.Parameter.KEYWORD_ONLY]
+    for name in [*known, *unknown[:1]]:
         yield Convention(name, **shared)
+        if "ones" in dict(shared["filled"]).values():
+            yield Convention(name, **shared, mask_is_bool=True)
         if shared["labels"]:
             yield Convention(name, **shared, targets_for_logits=True)
     if open_keywords and not known:

@@ -186,3 +186,91 @@ def test_global_state_of_the_caller_is_left_alone(kind: type[nn.Module]) -> None
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
+
+
+class StartPos(Core):
+    """Meta's: the first position is required."""
+
+    def forward(self, tokens: Tensor, start_pos: int) -> Tensor:
+        assert start_pos == 0
+        return self.compute(tokens)
+
+
+class RequiredInputs(Core):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: object = None) -> Tensor:
+        assert attention_mask.shape == input_ids.shape
+        return self.compute(input_ids) + 0 * position_ids[..., None]
+
+
+class RequiredBoolMask(Core):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if attention_mask.dtype != torch.bool:
+            raise TypeError("attention_mask must be bool")
+        return self.compute(input_ids)
+
+
+@pytest.mark.parametrize("kind", [StartPos, RequiredInputs, RequiredBoolMask])
+def test_what_forward_requires_is_given(kind: type[Core]) -> None:
+    found = Subject(kind).open()
+    ids = found.probe_ids(2, 5)
+    torch.testing.assert_close(found.logits(ids), found.module.compute(ids))
+
+
+def test_a_cache_beside_what_is_required_is_not_guessed_at() -> None:
+    reason = Subject(RequiredInputs).open().can("cache").reason
+    assert "requires attention_mask, position_ids" in reason
+    assert "Subject(build, call=...)" in reason
+
+
+class KeptLoss(Core):
+    """llama2.c's: logits come back, and the loss stays on the module."""
+
+    last_loss: Tensor | None = None
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = self.compute(tokens)
+        if targets is None:
+            self.last_loss = None
+            return logits[:, [-1]]
+        self.last_loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits
+
+
+def test_a_loss_that_stays_on_the_module_is_found_and_does_not_hinder_a_copy() -> None:
+    found = Subject(KeptLoss).open()
+    ids = found.probe_ids(3, 7)
+    output = found.forward(ids, labels=ids, grad=True)
+    assert output.loss is not None
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()))
+    assert output.loss.requires_grad
+    found.copy()  # a tensor with a graph cannot be
+
+
+class OneSequence(Core):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 1:
+            raise ValueError("x must be [time]")
+        return self.compute(x)
+
+
+class TargetsRequired(Core):
+    def forward(self, input_seq: Tensor, target_seq: Tensor) -> Tensor:
+        return F.cross_entropy(self.compute(input_seq).flatten(0, -2), target_seq.flatten())
+
+
+def test_what_takes_one_sequence_is_told_how_to_stack_them() -> None:
+    with pytest.raises(BuildError) as refused:
+        Subject(OneSequence).open()
+    text = str(refused.value)
+    assert "It takes one sequence [time] at a time." in text
+    adapter = text.partition("in an adapter:\n\n")[2]
+    code = adapter.partition("subject =")[0].replace("import lmconform, your_module, torch", "import torch")
+    space: dict = {}
+    exec(code, space)
+    ids = Subject(OneSequence, call=space["call"]).open().probe_ids(2, 5)
+    assert ids.shape == (2, 5)
+
+
+def test_what_gives_no_logits_but_a_loss_is_told_so() -> None:
+    with pytest.raises(BuildError, match="With target_seq it gives the loss and no logits, which is what is compared"):
+        Subject(TargetsRequired).open()
