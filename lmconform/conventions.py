@@ -220,8 +220,7 @@ def find_convention(
     raise ConventionError(
         f"found no way to get logits [batch, time, vocab] out of {type(module).__name__}. Tried, with ids of shape "
         f"{list(input_ids.shape)}:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(tried)) + "\n"
-        f"{seen}Say it once in an adapter:\n\n"
-        + ADAPTER.format(module=where, body=body, and_torch=", torch" * ("torch." in body)),
+        f"{seen}Say it once in an adapter:\n\n{adapter}",
         tried,
     )
 
