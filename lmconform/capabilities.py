@@ -102,11 +102,11 @@ def _cache(subject: Specimen) -> Capability:
     taken = _takes("cache", conventions.CACHE)(subject)
     if not taken:
         return taken
-    if filled := subject.convention.filled:
+    if required := [name for name, how in subject.convention.filled if how != "none"]:
         return Capability(
             False,
-            f"forward() requires {', '.join(name for name, _ in filled)}, and what is right beside a cache cannot be "
-            "guessed; an adapter can say it: Subject(build, call=...)",
+            f"forward() requires {', '.join(required)}, and what is right beside a cache cannot be guessed; an adapter "
+            "can say it: Subject(build, call=...)",
         )
     try:
         output = subject.forward(subject.probe_ids(), use_cache=True)

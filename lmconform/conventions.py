@@ -32,6 +32,7 @@ FILLED = {  # what is given where forward() requires it: its size beside a cache
     "attention_mask": "ones", "padding_mask": "ones",
     "position_ids": "places", "positions": "places", "input_pos": "places",
     "start_pos": "zero", "start_position": "zero", "position_offset": "zero",
+    **dict.fromkeys(CACHE, "none"),
 }  # fmt: skip
 HIDDEN = ("output_hidden_states",)
 ATTENTIONS = ("output_attentions",)
@@ -166,8 +167,10 @@ def _made(how: str, like: Tensor, mask_is_bool: bool) -> Any:
             return torch.ones(like.shape, dtype=torch.bool if mask_is_bool else torch.int64, device=like.device)
         case "places":
             return torch.arange(like.shape[1], device=like.device)[None]
-        case _:
+        case "zero":
             return 0
+        case _:
+            return None
 
 
 def _random_state_kept(like: Tensor | None) -> AbstractContextManager[None]:

@@ -209,7 +209,18 @@ class RequiredBoolMask(Core):
         return self.compute(input_ids)
 
 
-@pytest.mark.parametrize("kind", [StartPos, RequiredInputs, RequiredBoolMask])
+class RequiredState(Core):
+    """A recurrent state, None at the start: required by name alone."""
+
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        hidden = self.embedding(x).cumsum(1) + (0 if state is None else state[0])
+        return self.head(hidden), [hidden[:, -1:]]
+
+    def compute(self, ids: Tensor) -> Tensor:
+        return self.forward(ids, None)[0]
+
+
+@pytest.mark.parametrize("kind", [StartPos, RequiredInputs, RequiredBoolMask, RequiredState])
 def test_what_forward_requires_is_given(kind: type[Core]) -> None:
     found = Subject(kind).open()
     ids = found.probe_ids(2, 5)
@@ -220,6 +231,10 @@ def test_a_cache_beside_what_is_required_is_not_guessed_at() -> None:
     reason = Subject(RequiredInputs).open().can("cache").reason
     assert "requires attention_mask, position_ids" in reason
     assert "Subject(build, call=...)" in reason
+
+
+def test_a_required_state_is_a_cache_like_any_other() -> None:
+    assert Subject(RequiredState).open().can("cache")
 
 
 class KeptLoss(Core):
