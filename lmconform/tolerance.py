@@ -80,6 +80,22 @@ def perturbed(subject: Specimen, ids: Tensor, size: float) -> Tensor:
     return copy.logits(ids)
 
 
+def other_rounding(subject: Specimen) -> Specimen:
+    """The same model under other rounding: its float64 copy, else a copy with weights moved by one unit."""
+    import torch
+
+    twin = subject.twin()
+    if twin is not None:
+        return twin
+    copied = subject.copy()
+    size = max(epsilon(subject.dtype), TWIN_PERTURBATION)
+    with torch.no_grad():
+        for parameter in copied.module.parameters():
+            if parameter.is_floating_point():
+                parameter.mul_(1 + size)
+    return copied
+
+
 def typical(error: Tensor) -> float:
     """The 90th percentile over tokens of the largest error of a token: [..., token, width] to one number."""
     per_token = error.abs().amax(dim=-1).flatten()

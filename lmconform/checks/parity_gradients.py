@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmconform import tolerance
-from lmconform.checks.parity import COMPARING, both, columns_of, other_rounding, shared_ids
+from lmconform.checks.parity import COMPARING, both, columns_of, shared_ids
 from lmconform.context import Hint
 from lmconform.measuring.pairing import Pair, pair_parameters
 from lmconform.registry import register_check
@@ -88,7 +88,7 @@ def _disjoint(pair: Pair, sharing: dict[str, list[Pair]]) -> bool:
 def _gradients(specimen: Specimen, ids: Tensor, columns: int) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradients by parameter name, float64 on the CPU, and what rounding does to each."""
     made = _backward(specimen, ids, columns)
-    other = _backward(other_rounding(specimen), ids, columns)
+    other = _backward(tolerance.other_rounding(specimen), ids, columns)
     return made, {name: float((made[name] - other[name]).abs().max()) for name in made}
 
 

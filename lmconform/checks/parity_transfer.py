@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmconform import tolerance
 from lmconform.checks import parity_readings as readings
-from lmconform.checks.parity import answer, both, columns_of, other_rounding, shared_ids
+from lmconform.checks.parity import answer, both, columns_of, shared_ids
 from lmconform.checks.parity_misplaced import misplacement
 from lmconform.context import Hint
 from lmconform.measuring import traces
@@ -46,7 +46,7 @@ def check_transfer(subject: Specimen, ctx: Context) -> None:
         mine, expected = mine[-1:], expected[-1:]  # streams that cannot be compared: by the logits alone
     bounds = [
         tolerance.allowed(tolerance.typical(state - moved.double()), state.to(given.dtype))
-        for state, moved in zip(expected, _states(other_rounding(reference), ids, columns)[-len(expected) :])
+        for state, moved in zip(expected, _states(tolerance.other_rounding(reference), ids, columns)[-len(expected) :])
     ]
     bounds[-1] = tolerance.allowed(max(given.noise, reference.noise), expected[-1].to(given.dtype))
     agree = bool(((mine[-1] - expected[-1]).abs() <= bounds[-1]).all())
