@@ -126,6 +126,8 @@ def block_input(subject: Specimen, input_ids: Tensor, **inputs: Any) -> Tensor |
     Blocks may take [time, batch, width]. None where no blocks are found or their input cannot be told; with as many
     rows as tokens it cannot.
     """
+    import torch
+
     stack = blocks(subject)
     if isinstance(stack, str):
         return None
@@ -134,7 +136,8 @@ def block_input(subject: Specimen, input_ids: Tensor, **inputs: Any) -> Tensor |
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = _hidden(args, kwargs)
         if found is not None:
-            caught.append(found[1].detach().clone())
+            with torch._C.DisableTorchFunctionSubclass():  # a subclass may not know what is done with it later
+                caught.append(found[1].detach().clone())
         raise _Caught
 
     hooks = [part.register_forward_pre_hook(catch, with_kwargs=True) for part in structure.called(stack[0])]

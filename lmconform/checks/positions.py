@@ -10,6 +10,8 @@ from lmconform.cases import Span
 from lmconform.checks.first_block import alone, blocks, constant_inputs
 from lmconform.context import Hint, Unavailable
 from lmconform.conventions import first_line
+from lmconform.measuring.attending import may_attend
+from lmconform.measuring.fading import fades
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -159,7 +161,8 @@ def states(config: Any, name: str) -> bool:
 def check_reach(subject: Specimen, ctx: Context) -> None:
     """Each block alone: the gradient of every logit with respect to each earlier input of the block, zero or not.
 
-    A window of w tokens means, as in transformers, the token itself and w - 1 before it.
+    A window of w tokens means, as in transformers, the token itself and w - 1 before it. An influence that fades with
+    distance, as that of a recurrence with decay, until the type has no number so small, is no cut.
     """
     stack = _stack(subject, ctx)
     context = subject.longest(LONGEST)
@@ -217,9 +220,16 @@ def _reach_of(
     query, position = torch.tensor(queries)[:, None], torch.arange(time)[None]
     past = position <= query
     inside = past if window is None else past & (position > query - window)
+    both: tuple[Tensor, ...] = (influence,)
     if bool((inside & ~felt).any()):
         damped = _damped_influence(subject, ctx, index, ids, queries)
-        felt = felt if damped is None else felt | (inside & (damped.abs().amax(-1) > 0))
+        if damped is not None:
+            felt = felt | (inside & (damped.abs().amax(-1) > 0))
+            both = (damped, influence)
+    if bool((inside & ~felt).any()) and _fades(subject, ctx, index, ids, queries, inside, both):
+        numbers = str(subject.dtype).removeprefix("torch.")
+        ctx.note(f"block {index}: an influence fades from token to token, until {numbers} has no number so small")
+        felt = felt | inside
     for wrong, what in ((inside & ~felt, "cut"), (past & ~inside & felt, "open")):
         if not bool(wrong.any()):
             continue
@@ -237,7 +247,10 @@ def _reach_of(
                     "attention is cut short: a local mask, a truncated cache or a bucketed bias that ends, or a mask "
                     "that leaves out whole tokens",
                     "mask.window",
-                ),
+                )
+                if may_attend(subject, structure.called(stack[index]))
+                else "the block has no attention: a state that is cleared, overwritten or detached on the way, or a "
+                "convolution or a sum that ends",
             )
         ctx.fail(
             f"the window of {window} tokens that the config states is not what is cut: position {at} feels token "
@@ -253,6 +266,30 @@ def _reach_of(
             ),
         )
     return True
+
+
+def _fades(
+    subject: Specimen, ctx: Context, index: int, ids: Tensor, queries: Sequence[int], inside: Tensor,
+    influences: Sequence[Tensor],
+) -> bool:  # fmt: skip
+    """Whether the tokens `inside` [query, position] that are not felt are those whose influence has faded to nothing.
+
+    `influences` [query, position, width], with small weights first, are judged by the numbers of the subject's type.
+    Where there is a float64 copy it must fade there as well: it goes on falling long after float32 has no more numbers.
+    Without one only what small weights say counts: attention that looks at one token alone falls steeply, too.
+    """
+    import torch
+
+    wide = subject.twin()
+    stack = None if wide is None else blocks(wide)
+    told = influences if wide is not None else influences[:1]
+    if not any(fades(each.abs().amax(-1), queries, inside, subject.dtype) for each in told):
+        return False
+    if wide is None or stack is None or isinstance(stack, str):
+        return True
+    finer = _damped_influence(wide, ctx, index, ids, queries)
+    finer = _influence(wide, ctx, stack, index, ids, queries) if finer is None else finer
+    return finer is not None and fades(finer.abs().amax(-1), queries, inside, torch.float64)
 
 
 def _stated_window(subject: Specimen, index: int, layers: int) -> int | str | None:
@@ -300,9 +337,10 @@ def _influence(
     (gradient,) = torch.autograd.grad(total, inputs, allow_unused=True)
     if gradient is None:
         return None
-    if gradient.shape[0] == time:  # blocks that take the sequence first
-        gradient = gradient.transpose(0, 1)
-    return gradient[: len(queries)].detach().flatten(2).double().cpu()
+    with torch._C.DisableTorchFunctionSubclass():  # a subclass may know nothing of what is done with it from here on
+        if gradient.shape[0] == time:  # blocks that take the sequence first
+            gradient = gradient.transpose(0, 1)
+        return gradient[: len(queries)].detach().flatten(2).double().cpu()
 
 
 def _damped(subject: Specimen) -> tuple[Specimen, list[nn.Module]] | None:

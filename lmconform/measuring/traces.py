@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
     from lmconform.specimen import Specimen
 
+TIMES = (23, 19, 17, 29, 31, 13, 11)  # primes: a product of two other sizes is none
 MASKED = -5000.0  # additive masks lie below (-1e4 and less), saturated scores that underflow above
+
+
+def distinct_length(subject: Specimen) -> int | None:
+    """A number of tokens by which an axis of time can be told: it divides no size of a weight. None: there is none."""
+    module = subject.module
+    held = {size for tensor in (*module.parameters(), *module.buffers()) for size in tensor.shape}
+    free = (time for time in TIMES if all(size % time for size in held if size))
+    return next((time for time in free if subject.longest(time) == time), None)
 
 
 @dataclass
@@ -140,11 +149,12 @@ def recorded(subject: Specimen, run: Callable[[], object]) -> list[Call]:
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            inputs = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
-            outputs = output if isinstance(output, tuple | list) else (output,)
-            tensors = [v for v in outputs if isinstance(v, torch.Tensor) and v.is_floating_point()]
-            if tensors:
-                made.append(Call(name, inputs[0].detach() if inputs else None, tensors[0].detach().clone()))
+            with torch._C.DisableTorchFunctionSubclass():  # a subclass may know none of what is done with it later
+                inputs = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+                outputs = output if isinstance(output, tuple | list) else (output,)
+                tensors = [v for v in outputs if isinstance(v, torch.Tensor) and v.is_floating_point()]
+                if tensors:
+                    made.append(Call(name, inputs[0].detach() if inputs else None, tensors[0].detach().clone()))
 
         return hook
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from fixtures.subjects.ports.recurrent import Recurrent
 from lmconform import Subject
 from lmconform.diagnosis import diagnose
 from lmconform.diagnosis.probes import leak
-from lmconform.diagnosis.probes.entrance import Kind
+from lmconform.diagnosis.probes.entrance import Kind, find_entrance
 from lmconform.diagnosis.probes.finding import Verdict
 from lmconform.registry import get_check
 from lmconform.results import Cause
@@ -43,6 +44,8 @@ def named(specimen: Specimen, check: str = LEAK) -> Cause:
         ("causality.state_starts_from_mean", "layers.0: Tensor.mean (causality_mixing.py"),
         ("causality.squeeze_and_excite", "layers.1: Tensor.mean"),
         ("causality.centred_average", "layers.1: torch.avg_pool1d"),
+        ("causality.centred_over_text", "layers.1: Tensor.mean (causality_mixing.py"),
+        ("causality.scaled_over_text", "layers.0: Tensor.mean (causality_mixing.py"),
         ("causality.gate_sees_next", "layers.1.attention.local: torch.conv1d"),
         ("causality.maximum_of_text_added", "h.2: Tensor.amax"),
         ("causality.centred_convolution", "model.embed_tokens.1.mix: torch.conv1d"),
@@ -178,6 +181,145 @@ def test_the_operation_decides(mix: Callable[[Tensor, Tensor, Tensor], Tensor], 
     found = named(Subject(lambda: Mixing(mix)).open())
     assert found.id == cause
     assert "(test_leaks.py:" in found.where
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(dim=1, keepdim=True)
+
+
+def centred_in_place(x: Tensor) -> Tensor:
+    x = x.clone()
+    x -= x.mean(1)[:, None]
+    return x
+
+
+def standardised(x: Tensor) -> Tensor:
+    return (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def by_root_mean_square(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+
+
+def by_variance_first(x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, dim=1, keepdim=True)
+    return torch.rsqrt(variance + 1e-6) * (x - mean)
+
+
+def over_text_and_width(x: Tensor) -> Tensor:
+    return torch.div(x, x.pow(2).mean((1, 2), keepdim=True).sqrt())
+
+
+def channels_first(x: Tensor) -> Tensor:
+    x = x.transpose(1, 2)
+    return (x - x.mean(-1, keepdim=True)).transpose(1, 2)
+
+
+def mean_added(x: Tensor) -> Tensor:
+    return x + x.mean(1, keepdim=True)
+
+
+def half_of_the_mean_taken(x: Tensor) -> Tensor:
+    return x - x.mean(1, keepdim=True) / 2
+
+
+def gated_by_the_mean(x: Tensor) -> Tensor:
+    return x * x.mean(1, keepdim=True).sigmoid()
+
+
+def less_the_maximum(x: Tensor) -> Tensor:
+    return x - x.amax(1, keepdim=True)
+
+
+def less_the_mean_of_something_else(x: Tensor) -> Tensor:
+    return x - x.roll(1, -1).mean(1, keepdim=True)
+
+
+def pooled_by_hand(x: Tensor) -> Tensor:
+    weights = x[..., :1].exp()
+    return x + (weights * x).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+
+
+NORMS = (
+    centred, centred_in_place, standardised, scaled, by_root_mean_square, by_variance_first, over_text_and_width,
+    channels_first,
+)  # fmt: skip
+MIXERS = (
+    mean_added, half_of_the_mean_taken, gated_by_the_mean, less_the_maximum, less_the_mean_of_something_else,
+    pooled_by_hand,
+)  # fmt: skip
+
+
+def with_fed(change: Callable[[Tensor], Tensor]) -> nn.Module:
+    model = Recurrent()
+    around(model.layers[-1], lambda original, x: original(change(x)), "feed")
+    return model
+
+
+@pytest.mark.parametrize("change", [*NORMS, *MIXERS])
+def test_a_norm_over_time_that_is_written_out_is_a_norm(change: Callable[[Tensor], Tensor]) -> None:
+    """What is centred or scaled by its own mean or size over the text; whatever else a reduction does is a mixer."""
+    found = named(Subject(lambda: with_fed(change)).open())
+    assert found.id == ("norm.over_sequence" if change in NORMS else "mixer.not_causal")
+    assert "layers.1: " in found.where
+    assert "(test_leaks.py:" in found.where
+
+
+@pytest.mark.parametrize("change", [each for each in (*NORMS, *MIXERS) if each is not over_text_and_width])
+def test_and_in_half_precision(change: Callable[[Tensor], Tensor]) -> None:
+    """But for a statistic of one number, which may round to the same for two texts."""
+    subject = Subject(lambda: with_fed(change)).open(dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 61, (2, 1, 23), generator=generator)
+    ids[1, :, :11] = ids[0, :, :11]
+    found = find_entrance(subject, 23, [functools.partial(subject.logits, each) for each in ids])
+    assert found is not None
+    assert found.kind == (Kind.statistic if change in NORMS else Kind.mixing)
+
+
+class Strict(Tensor):
+    """Refuses what the model below never asks for, as wrappers of tensors do with functions that they do not know."""
+
+    REFUSED = frozenset({"narrow", "ne", "__ne__", "reshape", "abs", "__abs__", "movedim", "new_ones", "double"})
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in cls.REFUSED:
+            raise TypeError(f"Strict knows no {func.__name__}()")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class OnStrict(nn.Module):
+    """Its residual stream is a Strict."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(61, 48), nn.Linear(48, 61)
+        self.layers = nn.ModuleList(nn.GRU(48, 48, batch_first=True) for _ in range(2))
+        self.change = change
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids).as_subclass(Strict)
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return self.head(self.change(x)).as_subclass(Tensor)
+
+
+@pytest.mark.parametrize(("change", "cause"), [(centred, "norm.over_sequence"), (mean_added, "mixer.not_causal")])
+def test_a_tensor_that_refuses_functions_is_followed(change: Callable[[Tensor], Tensor], cause: str) -> None:
+    found = named(Subject(lambda: OnStrict(change)).open())
+    assert found.id == cause
+    assert "Tensor.mean (test_leaks.py" in found.where
+
+
+@pytest.mark.parametrize("check", ["positions.order_matters", "positions.reach", "positions.distinct"])
+def test_nor_do_checks_of_positions_ask_it_for_what_the_model_does_not(check: str) -> None:
+    result = Runner(Subject(lambda: OnStrict(lambda x: x)).open(), shrink=False).run(get_check(check))
+    assert result.status == "passed", result.message
 
 
 class Ahead(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lmconform.diagnosis.probes import (
+    attending,
     backends,
     choosing,
     copying,
@@ -29,8 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Verdict", "probe"]
 
+LEAKS = ("causality.no_future_leak", "causality.train_mode", "causality.gradient")
+MASKED = (
+    *LEAKS, "causality.cached_chunk", "positions.reach", "cache.decode", "cache.chunks", "cache.decode_long",
+    "generation.greedy", "generation.beams", "training.honest",
+)  # fmt: skip
 PROBES: tuple[tuple[tuple[str, ...], Callable[[Specimen, int], list[Finding]]], ...] = (
-    (("causality.no_future_leak", "causality.train_mode", "causality.gradient"), leak.probe),
+    (LEAKS, leak.probe),
+    (MASKED, attending.probe),
     (("batching.row_independence",), neighbours.probe),
     (("padding.left", "padding.right"), padding.probe),
     (("cache.decode", "cache.chunks"), decoding.probe),

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lmconform.measuring import traces
+from lmconform.measuring.attending import SDPA
 from lmconform.measuring.multihead import call_through
 
 if TYPE_CHECKING:
@@ -21,16 +22,18 @@ if TYPE_CHECKING:
 
     from lmconform.specimen import Specimen
 
-TIMES = (23, 19, 17, 29, 31, 13, 11)  # primes: a product of two other sizes is none
 FIRST = 3  # the positions before may be padding
 LARGEST = 1 << 20  # entries of a tensor without time that is kept
 WEIGHT = -1  # instead of the step that made a value: it is made of weights alone
 SAMPLE = 1 << 12  # entries of it that are compared
 SLACK = 1e-4  # of the largest entry
-SDPA = "scaled_dot_product_attention"
 ATTENTION = {"softmax", SDPA}
 PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 NORMS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm", "normalize"}
+SUBTRACTIONS = {"sub", "isub", "subtract"}  # without the underscores of Tensor.__sub__ and Tensor.sub_
+DIVISIONS = {"div", "truediv", "itruediv", "divide", "true_divide"}
+MULTIPLICATIONS = {"mul", "rmul", "imul", "multiply"}
+ROOM = 0.1  # of a statistic: for the epsilon of a norm and for half precision
 VIEWS = {"view", "reshape", "flatten", "unflatten"}
 
 
@@ -41,6 +44,7 @@ class Kind(StrEnum):
     queries = "queries"  # a softmax of those over the queries
     hidden_late = "hidden_late"  # a softmax of those that sums over later keys, whose weights are then set to 0
     norm = "norm"
+    statistic = "statistic"  # the mean over time is taken away, or the size over time divides: a norm written out
     order = "order"  # a view takes entries for those of other positions
     mixing = "mixing"  # a pool, a convolution, a recurrence, a shift: anything else
 
@@ -77,15 +81,8 @@ class _Step:
     outputs: list[Tensor]
     without_time: list[Tensor]  # that came out
     sources: list[int]  # the steps that made what went in without time
+    normalises: bool  # what goes in is centred or scaled by its own mean or size over time
     told: bool  # something without time went in that no step has made, and that is no weight
-
-
-def distinct_length(subject: Specimen) -> int | None:
-    """A number of tokens by which an axis of time can be told: it divides no size of a weight. None: there is none."""
-    module = subject.module
-    held = {size for tensor in (*module.parameters(), *module.buffers()) for size in tensor.shape}
-    free = (time for time in TIMES if all(size % time for size in held if size))
-    return next((time for time in free if subject.longest(time) == time), None)
 
 
 def find_entrance(
@@ -105,7 +102,8 @@ def find_entrance(
             step = _over_blocks(index, first) or first[_origin(index, pairs)]
             used = first[index].call if step.number < index else ""
             used = used if used.partition(" ")[2] != step.call.partition(" ")[2] else ""  # on another line
-            found = Entrance(_kind(step, first), step.place, step.call, used)
+            kind = Kind.statistic if first[index].normalises else _kind(step, first)
+            found = Entrance(kind, step.place, step.call, used)
             if not step.told:
                 break
     return found
@@ -185,46 +183,50 @@ def _steps(subject: Specimen, time: int, run: Callable[[], object], within: str)
             kwargs = kwargs or {}
             if not _within(running[-1][0], within):
                 return call_through(self, func, args, kwargs)
-            given = [each for each in values((args, kwargs)) if time in each.shape]
-            inputs = [_early(each, time) for each in given]  # before the call: it may be in place
-            hidden = all(_future_hidden(each, time) for each in given if _pairwise(each, time))
-            others = [each for each in tensors_in((args, kwargs)) if _comparable(each) and time not in each.shape]
-            sources = [number for each in others if (number := maker(each)) not in (None, WEIGHT)]
-            told = any(not is_weight(each) for each in others if maker(each) is None)
-            alike = all(is_weight(each) for each in tensors_in((args, kwargs)))
+            with torch._C.DisableTorchFunctionSubclass():  # what looks at tensors is no call of the model's
+                given = [each for each in values((args, kwargs)) if time in each.shape]
+                inputs = [_early(each, time) for each in given]  # before the call: it may be in place
+                hidden = all(_future_hidden(each, time) for each in given if _pairwise(each, time))
+                others = [each for each in tensors_in((args, kwargs)) if _comparable(each) and time not in each.shape]
+                sources = [number for each in others if (number := maker(each)) not in (None, WEIGHT)]
+                told = any(not is_weight(each) for each in others if maker(each) is None)
+                normalises = any(not is_weight(each) for each in others) and _by_own_statistic(func, args, time)
+                alike = all(is_weight(each) for each in tensors_in((args, kwargs)))
             result = call_through(self, func, args, kwargs)
-            results = args[:1] if result is None else result  # x[...] = y gives nothing back
-            timed = [each for each in values(results) if time in each.shape]
-            alone = [each for each in values(results) if time not in each.shape and each.numel() <= LARGEST]
-            if not timed and not alone:
-                return result
-            if alike and not timed:  # BitNet's quantised weights, say: no token has a part in them
-                makers.update((id(each), (WEIGHT, weakref.ref(each))) for each in tensors_in(results))
-                return result
-            for each in tensors_in(results):
-                if _comparable(each) and time not in each.shape and each.numel() <= LARGEST:
-                    makers[id(each)] = len(made), weakref.ref(each)
-            name = getattr(func, "__name__", "")
-            made.append(
-                _Step(
-                    len(made),
-                    name,
-                    f"{call_name(func)}{_line()}",
-                    running[-1][0],
-                    running[-1][1],
-                    tuple(tuple(each.shape) for each in (*given, *others, *values(results))),
-                    _softmax_along(args, kwargs, time) if name == "softmax" else "",
-                    tuple((each[0].dim(), each[0].shape.index(time)) for each in (given, timed) if each),
-                    (any(_pairwise(each, time) for each in given), any(_pairwise(each, time) for each in timed)),
-                    hidden,
-                    inputs,
-                    [_early(each, time) for each in timed],
-                    [_sample(each) for each in alone],
-                    sources,
-                    told,
+            with torch._C.DisableTorchFunctionSubclass():
+                results = args[:1] if result is None else result  # x[...] = y gives nothing back
+                timed = [each for each in values(results) if time in each.shape]
+                alone = [each for each in values(results) if time not in each.shape and each.numel() <= LARGEST]
+                if not timed and not alone:
+                    return result
+                if alike and not timed:  # BitNet's quantised weights, say: no token has a part in them
+                    makers.update((id(each), (WEIGHT, weakref.ref(each))) for each in tensors_in(results))
+                    return result
+                for each in tensors_in(results):
+                    if _comparable(each) and time not in each.shape and each.numel() <= LARGEST:
+                        makers[id(each)] = len(made), weakref.ref(each)
+                name = getattr(func, "__name__", "")
+                made.append(
+                    _Step(
+                        len(made),
+                        name,
+                        f"{call_name(func)}{_line()}",
+                        running[-1][0],
+                        running[-1][1],
+                        tuple(tuple(each.shape) for each in (*given, *others, *values(results))),
+                        _softmax_along(args, kwargs, time) if name == "softmax" else "",
+                        tuple((each[0].dim(), each[0].shape.index(time)) for each in (given, timed) if each),
+                        (any(_pairwise(each, time) for each in given), any(_pairwise(each, time) for each in timed)),
+                        hidden,
+                        inputs,
+                        [_early(each, time) for each in timed],
+                        [_sample(each) for each in alone],
+                        sources,
+                        normalises,
+                        told,
+                    )
                 )
-            )
-            return result
+                return result
 
     def enters(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -331,6 +333,38 @@ def _softmax_along(args: Any, kwargs: Any, time: int) -> str:
     if not _pairwise(values, time):
         return "time"
     return "queries" if axis % values.dim() == values.shape.index(time) else ""
+
+
+def _by_own_statistic(func: Any, operands: Sequence[Any], time: int) -> bool:
+    """Whether its mean over time is taken from a tensor, or it is divided by its size over time.
+
+    The operands' values say so, not how the statistic was computed. `x - x.mean(1, keepdim=True)`, `x / x.std(...)`,
+    `x / x.norm(...)`, `x * x.square().mean(...).rsqrt()`; time may be one of several axes that it is taken over.
+    """
+    import torch
+
+    operation = getattr(func, "__name__", "").strip("_")
+    if operation not in SUBTRACTIONS | DIVISIONS | MULTIPLICATIONS or len(operands) < 2:
+        return False
+    x, statistic = operands[:2]
+    if operation in MULTIPLICATIONS and isinstance(x, torch.Tensor) and time not in x.shape:
+        x, statistic = statistic, x
+    if not all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in (x, statistic)):
+        return False
+    if tuple(x.shape).count(time) != 1 or time in statistic.shape or statistic.dim() > x.dim():
+        return False
+    x, statistic = x.detach().double(), statistic.detach().double()
+    kept = (1,) * (x.dim() - statistic.dim()) + tuple(statistic.shape)
+    axes = [axis for axis, (size, own) in enumerate(zip(kept, x.shape)) if size == 1 and own > 1]
+    if x.shape.index(time) not in axes:
+        return False
+    if operation in SUBTRACTIONS:
+        mean = x.mean(axes, keepdim=True)
+        return float((statistic - mean).abs().max()) < ROOM * float(mean.abs().max())
+    size = statistic.reciprocal() if operation in MULTIPLICATIONS else statistic
+    squares = x.square()
+    sizes = (x.std(axes, keepdim=True), squares.mean(axes, keepdim=True).sqrt(), squares.sum(axes, keepdim=True).sqrt())
+    return any(bool(((size / own - 1).abs() < ROOM).all()) for own in sizes)
 
 
 def _within(place: str, parent: str) -> bool:

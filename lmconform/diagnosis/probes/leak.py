@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmconform import tolerance
-from lmconform.diagnosis.probes.entrance import FIRST, Entrance, Kind, distinct_length, find_entrance, straightened
+from lmconform.diagnosis.probes.entrance import FIRST, Entrance, Kind, find_entrance, straightened
 from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.diagnosis.probes.imposed_mask import future_weights, imposed_causal_mask
 from lmconform.diagnosis.probes.places import along_time, first_difference, norm_over_time
 from lmconform.measuring.dropout import without_dropout
+from lmconform.measuring.traces import distinct_length
 from lmconform.specimen import random_ids
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ BESIDE = {  # where it is no matter of a mask
     Kind.queries: (NORM, "a softmax over the queries, not over the keys: later queries enter its sum"),
     Kind.hidden_late: (NORM, "its sum holds later keys, whose weights are set to 0 only afterwards"),
     Kind.norm: (NORM, MIXES),
+    Kind.statistic: (NORM, "each position is centred or scaled by a mean or a size that is taken over the whole text"),
     Kind.order: (
         "attention.heads_scrambled",
         "each position is right before it, and holds entries of other positions after it: a transpose is missing",
