@@ -42,12 +42,15 @@ def _stack(subject: Specimen, ctx: Context) -> list[nn.Module]:
     return stack
 
 
-def _one_of_each_kind(config: Any, layers: int) -> list[int]:
-    """The first block of every kind that the config states: some architectures give positions to one kind only."""
-    kinds: list[tuple[Any, ...]] = [() for _ in range(layers)]
+def _one_of_each_kind(config: Any, stack: list[nn.Module]) -> list[int]:
+    """The first block of every kind, stated by the config or seen by what a block is made of.
+
+    Some architectures give positions to one kind only, and a convolution has none.
+    """
+    kinds: list[tuple[Any, ...]] = [tuple(type(part) for part in block.modules()) for block in stack]
     for name in (*PER_LAYER, "no_rope_layers", "layer_rope_theta"):
         stated = getattr(config, name, None)
-        if isinstance(stated, list | tuple) and len(stated) >= layers:
+        if isinstance(stated, list | tuple) and len(stated) >= len(stack):
             kinds = [(*kind, str(value)) for kind, value in zip(kinds, stated, strict=False)]
     return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
 
@@ -73,7 +76,7 @@ def check_order_matters(subject: Specimen, ctx: Context) -> None:
     Positional Information").
     """
     stack = _stack(subject, ctx)
-    kinds = _one_of_each_kind(subject.config, len(stack))
+    kinds = _one_of_each_kind(subject.config, stack)
     for case in ctx.cases():
         time = subject.longest(case.time)
         base = _unlike_neighbours(subject, ctx, time)
@@ -162,11 +165,13 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     """Each block alone: the gradient of every logit with respect to each earlier input of the block, zero or not.
 
     A window of w tokens means, as in transformers, the token itself and w - 1 before it. An influence that fades with
-    distance, as that of a recurrence with decay, until the type has no number so small, is no cut.
+    distance, as that of a recurrence with decay, until the type has no number so small, is no cut. A block without
+    attention may reach the same few tokens from everywhere, as a convolution does, where other blocks reach them all.
     """
     stack = _stack(subject, ctx)
     context = subject.longest(LONGEST)
-    looked = False
+    whole = False
+    kernels: list[tuple[int, int, Tensor]] = []
     tokenwise = _tokenwise(subject, ctx, stack)
     if tokenwise:
         ctx.note(f"blocks {', '.join(map(str, tokenwise))} mix no tokens: they are the feed-forward parts of layers")
@@ -180,12 +185,36 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
             ctx.note(f"block {index} {stated}")
             continue
         short = subject.longest(40 if stated is None else min(stated + 8, LONGEST))
-        told = _reach_of(subject, ctx, stack, index, stated, list(range(short)), short)
-        looked = looked or told
-        if told and context > short:
-            _reach_of(subject, ctx, stack, index, stated, [context - 1], context)
-    if not looked:
-        ctx.not_applicable("; ".join(ctx.notes))
+        influence = _influence(subject, ctx, stack, index, ctx.ids(1, short), range(short))
+        if influence is None:
+            ctx.note(f"block {index}: its input could not be told")
+            continue
+        kernel = _kernel(influence) if stated is None else None
+        if kernel and not may_attend(subject, structure.called(stack[index])):
+            ctx.note(f"block {index} has no attention and reaches {kernel} tokens from everywhere")
+            kernels.append((index, short, influence))
+            continue
+        whole = True
+        _check_reach_of(subject, ctx, stack, index, stated, range(short), short, influence)
+        if context > short:
+            far = _influence(subject, ctx, stack, index, ctx.ids(1, context), [context - 1])
+            if far is not None:
+                _check_reach_of(subject, ctx, stack, index, stated, [context - 1], context, far)
+    if whole:
+        return
+    for index, short, influence in kernels:
+        _check_reach_of(subject, ctx, stack, index, None, range(short), short, influence)
+    ctx.not_applicable("; ".join(ctx.notes))
+
+
+def _kernel(influence: Tensor) -> int | None:
+    """How many tokens, itself included, every position feels; None where they differ. [query, position, width]"""
+    import torch
+
+    felt = influence.abs().amax(-1) > 0
+    kernel, time = int(felt[-1].sum()), len(felt)
+    band = torch.ones(time, time, dtype=torch.bool).tril().triu(1 - kernel)
+    return kernel if 1 < kernel < time and torch.equal(felt, band) else None
 
 
 def _tokenwise(subject: Specimen, ctx: Context, stack: list[nn.Module]) -> list[int]:
@@ -204,20 +233,16 @@ def _tokenwise(subject: Specimen, ctx: Context, stack: list[nn.Module]) -> list[
     return [index for index, make in enumerate(makes) if make not in mixes] if mixes else []
 
 
-def _reach_of(
-    subject: Specimen, ctx: Context, stack: list[nn.Module], index: int, window: int | None, queries: list[int],
-    time: int,
-) -> bool:  # fmt: skip
-    """Whether the block's input could be told."""
+def _check_reach_of(
+    subject: Specimen, ctx: Context, stack: list[nn.Module], index: int, window: int | None, queries: Sequence[int],
+    time: int, influence: Tensor,
+) -> None:  # fmt: skip
+    """`influence` [query, position, width] of block `index`, on `time` tokens, against what it is to reach."""
     import torch
 
     ids = ctx.ids(1, time)
-    influence = _influence(subject, ctx, stack, index, ids, queries)
-    if influence is None:
-        ctx.note(f"block {index}: its input could not be told")
-        return False
     felt = influence.abs().amax(-1) > 0  # [query, position]
-    query, position = torch.tensor(queries)[:, None], torch.arange(time)[None]
+    query, position = torch.tensor(list(queries))[:, None], torch.arange(time)[None]
     past = position <= query
     inside = past if window is None else past & (position > query - window)
     both: tuple[Tensor, ...] = (influence,)
@@ -265,7 +290,6 @@ def _reach_of(
                 "mask.window",
             ),
         )
-    return True
 
 
 def _fades(
@@ -388,7 +412,7 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
         if alike:
             _fail_alike(ctx, length, alike, "what the first block receives is the same")
         return
-    kinds = _one_of_each_kind(subject.config, len(stack))
+    kinds = _one_of_each_kind(subject.config, stack)
     length = subject.longest(LONGEST)
     ids = subject.probe_ids(1, 1).expand(1, length)
     blind: list[tuple[int, int]] = []
@@ -404,6 +428,9 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
         if influence is None:
             reasons.append(f"the input of block {index} takes no gradient")
             continue
+        earlier = torch.arange(length)[None] < torch.tensor(queries)[:, None]
+        if len(kinds) > 1 and not bool((influence.abs().amax(-1)[earlier] > 0).any()):
+            continue  # the feed-forward part of a layer
         alike = _alike(influence, torch.tensor(queries))
         if alike and (influence := _damped_influence(subject, ctx, index, ids, queries)) is not None:
             alike = [pair for pair in _alike(influence, torch.tensor(queries)) if pair in set(alike)]
@@ -416,7 +443,7 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
         _fail_alike(ctx, length, blind, "every later position weighs them the same")
     if blind:
         reasons.append("blocks of another kind see no positions at all, and rely on these")
-    ctx.not_applicable("; ".join(reasons))
+    ctx.not_applicable("; ".join(reasons) or "no block alone lets a token feel an earlier one")
 
 
 def _taken(subject: Specimen, ctx: Context, received: Tensor, wanted: int) -> tuple[Tensor, int]:
@@ -447,7 +474,7 @@ def _spread(rows: Tensor) -> float:
 
 def _alike(signature: Tensor, before: Tensor) -> list[tuple[int, int]]:
     """Pairs of places that no query tells apart. `signature` [query, place, width]; a query counts for places below
-    `before[query]`."""
+    `before[query]`, and for pairs of which it feels one."""
     import torch
 
     time = signature.shape[1]
@@ -458,7 +485,7 @@ def _alike(signature: Tensor, before: Tensor) -> list[tuple[int, int]]:
         scale = rows.abs().amax(-1)
         scale = torch.maximum(scale[:, None], scale[None])
         told[:end, :end] |= torch.cdist(rows, rows, p=float("inf")) > 64 * 1.2e-7 * scale
-        asked[:end, :end] = True
+        asked[:end, :end] |= scale > 0
     same = (asked & ~told).triu(1)
     return [(one, other) for one, other in same.nonzero().tolist()]
 
