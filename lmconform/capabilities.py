@@ -60,6 +60,11 @@ def _positions(subject: Specimen) -> Capability:
     return _takes("positions", conventions.POSITIONS)(subject)
 
 
+def _labels(subject: Specimen) -> Capability:
+    refusal = subject.convention.labels_refusal
+    return Capability(False, refusal) if refusal else _takes("labels", conventions.LABELS)(subject)
+
+
 def ignored_label(subject: Specimen) -> int:
     """The label that its loss leaves out: -100, or -1 where it refuses -100 and takes -1 (nanoGPT, minGPT)."""
     found = subject.can("ignored_label").value
@@ -197,7 +202,7 @@ _PROBES: dict[str, Callable[[Specimen], Capability]] = {
     "pos": _positions,
     "cache": _cache,
     "embeds": _embeds,
-    "labels": _takes("labels", conventions.LABELS),
+    "labels": _labels,
     "ignored_label": _ignored_label,
     "gen": _gen,
     "save": lambda subject: YES,

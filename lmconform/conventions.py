@@ -28,9 +28,10 @@ POSITIONS = ("position_ids", "positions", "pos", "input_pos")
 USE_CACHE = ("use_cache", "return_cache")
 EMBEDS = ("inputs_embeds", "input_embeds", "embeds")
 LABELS = ("labels", "targets", "target", "y", "target_ids", "target_seq")
+ANY_LABELS = ("target", "y")  # may be something that the text is conditioned on
 FILLED = {  # what is given where forward() requires it: its size beside a cache is not known
-    "attention_mask": "ones", "padding_mask": "ones",
-    "position_ids": "places", "positions": "places", "input_pos": "places",
+    "attention_mask": "ones",
+    "position_ids": "places", "positions": "places", "pos": "places", "input_pos": "places",
     "start_pos": "zero", "start_position": "zero", "position_offset": "zero",
     **dict.fromkeys(CACHE, "none"),
 }  # fmt: skip
@@ -57,7 +58,7 @@ class Convention:
     `loss_alone`: with labels it gives the loss and no logits (nanochat); `kept_loss`: the attribute in which it leaves
     the loss (llama2.c). `filled`: what it requires and is given by rule, each name with a word of `FILLED`.
     `mask_is_bool`: it wants the padding mask as bool. `mask_refusal`: why an argument called mask is no padding mask
-    [batch, time] of 1 and 0; `positions_refusal`: why one called like positions takes none.
+    [batch, time] of 1 and 0; `positions_refusal`, `labels_refusal`: why one called like positions or labels takes none.
     """
 
     ids: str | None
@@ -77,6 +78,7 @@ class Convention:
     mask_is_bool: bool = False
     mask_refusal: str = ""
     positions_refusal: str = ""
+    labels_refusal: str = ""
     call: Callable[..., Any] | None = field(default=None, compare=False)
 
     def describe(self) -> str:
@@ -110,11 +112,13 @@ class Convention:
             output = read(self._called(module, input_ids, keywords), cache_name=self.cache)
             output.loss = loss
             return output
-        before = getattr(module, self.kept_loss, None) if self.kept_loss else None
+        holder = _holder(module, self.kept_loss)
+        before = getattr(holder, self.kept_loss, None) if holder is not None else None
         output = read(self._called(module, input_ids, keywords), cache_name=self.cache)
-        if labelled and self.kept_loss:
-            output.loss = getattr(module, self.kept_loss)
-            setattr(module, self.kept_loss, before)  # with its graph the module could not be copied
+        if holder is not None:
+            if inputs.get("labels") is not None:
+                output.loss = getattr(holder, self.kept_loss)
+            setattr(holder, self.kept_loss, before)  # with its graph the module could not be copied
         if labelled and input_ids is not None and output.logits.dim() == 2:
             if output.logits.shape[0] != input_ids.numel():
                 raise ConventionError(
@@ -145,7 +149,11 @@ class Convention:
             like = keywords[self.embeds][..., 0]
         if like is None:
             return keywords
-        return {**{name: _made(how, like, self.mask_is_bool) for name, how in self.filled}, **keywords}
+        filled = {name: _made(how, like, self.mask_is_bool) for name, how in self.filled}
+        if self.mask in keywords and "places" in dict(self.filled).values():
+            places = (keywords[self.mask].long().cumsum(-1) - 1).clamp(min=0)[:, -like.shape[1] :]
+            filled.update({name: places for name, how in self.filled if how == "places"})
+        return {**filled, **keywords}
 
     def _called(self, module: nn.Module, input_ids: Tensor | None, keywords: dict[str, Any]) -> Any:
         """Whatever forward(), or call(), returns."""
@@ -156,6 +164,15 @@ class Convention:
         if self.ids is None:
             return module(input_ids, **keywords)
         return module(**{self.ids: input_ids}, **keywords)
+
+
+def _holder(module: Any, attribute: str) -> Any:
+    """What has it: the module, or the one inside a wrapper (DistributedDataParallel); None for neither."""
+    while attribute and not hasattr(module, attribute):
+        module = getattr(module, "module", None)
+        if module is None:
+            return None
+    return module if attribute else None
 
 
 def _made(how: str, like: Tensor, mask_is_bool: bool) -> Any:
@@ -209,6 +226,8 @@ def find_convention(
             try:
                 output = candidate.run(module, input_ids)
                 logits = expect_logits(output.logits, input_ids)
+                if "ones" in dict(candidate.filled).values():
+                    _expect_nothing_hidden(candidate, module, input_ids, logits)
             except ConventionError as error:
                 tried.append(f"{candidate.describe()}: {error}")
                 continue
@@ -228,8 +247,19 @@ def find_convention(
     )
 
 
+def _expect_nothing_hidden(found: Convention, module: nn.Module, input_ids: Tensor, logits: Tensor) -> None:
+    """Raises ConventionError where the mask of ones that is filled in hides tokens: 1 may stand for padding."""
+    import torch
+
+    other, low, high = input_ids.clone(), input_ids.min(), input_ids.max()
+    other[:, 0] = torch.where(input_ids[:, 0] == low, high, low)
+    moved = found.run(module, other).logits[:, -1] != logits[:, -1]
+    if not bool(logits.isfinite().all() and moved.any()):
+        raise ConventionError("with a mask of ones the first token does not reach the last logits: 1 may mean hidden")
+
+
 def _advice(module: nn.Module, input_ids: Tensor) -> tuple[str, str]:
-    """What two more calls showed of a model that gave no logits, and the expression that its adapter returns."""
+    """What a few more calls showed of a model that gave no logits, and the expression that its adapter returns."""
     import torch
 
     named, _, _ = parameters_of(module)
@@ -239,15 +269,19 @@ def _advice(module: nn.Module, input_ids: Tensor) -> tuple[str, str]:
             with torch.no_grad():
                 raw = module(ids, **({labels: ids} if labels else {}))
             if lone_loss(raw) is not None:
-                return (
-                    f"With {labels} it gives the loss and no logits, which is what is compared: let forward() return "
-                    f"them where {labels} is None.\n", "model(input_ids)",
-                )  # fmt: skip
+                remedy = f"let forward() return them where {labels} is None" if labels else "hand over the model inside"
+                when = f"With {labels} it" if labels else "It"
+                seen = f"{when} gives the loss and no logits, which are what is compared: {remedy}.\n"
+                return seen, "model(input_ids)"
             if ids.dim() == 1 and read(raw).logits.shape[:-1] == ids.shape:
                 return "It takes one sequence [time] at a time.\n", "torch.stack([model(row) for row in input_ids])"
         except Exception:
             continue
-    return "", "model(input_ids)"
+    required = [name for name, parameter in named.items() if parameter.default is parameter.empty][1:]
+    if not required:
+        return "", "model(input_ids)"
+    given = ", ".join(f"{name}=..." for name in required)
+    return f"forward() requires {' and '.join(required)}: say what is right.\n", f"model(input_ids, {given})"
 
 
 def _with_known_mask(found: Convention, module: nn.Module, input_ids: Tensor, logits: Tensor) -> Convention:
@@ -323,10 +357,30 @@ def _with_known_loss(found: Convention, module: nn.Module, input_ids: Tensor) ->
     except Exception:
         return found
     left = [name for name, value in _scalars(module).items() if value is not before.get(name)]
-    if len(left) != 1:
-        return found
-    setattr(module, left[0], before.get(left[0]))
-    return replace(found, kept_loss=left[0])
+    kept = _left_by_labels(found, module, input_ids) if left else ""
+    if kept:
+        setattr(module, kept, None)
+        return replace(found, kept_loss=kept)
+    if found.labels in ANY_LABELS:
+        reason = f"{found.labels}= takes [batch, time] and gives no loss: nothing says that it takes labels"
+        return replace(found, labels=None, labels_refusal=reason)
+    return found
+
+
+def _left_by_labels(found: Convention, module: nn.Module, input_ids: Tensor) -> str:
+    """The attribute with a scalar that has a gradient and depends on the labels; empty where there is not one."""
+    import torch
+
+    seen = []
+    for labels in (input_ids, input_ids.flip(1)):
+        with torch.enable_grad(), _random_state_kept(input_ids):
+            found._called(module, input_ids, found._keywords(input_ids, {"labels": labels}))
+        seen.append({name: value for name, value in _scalars(module).items() if value.requires_grad})
+    for name in {**seen[0], **seen[1]}:
+        setattr(module, name, None)  # with its graph the module could not be copied
+    one, other = seen
+    moved = [name for name in one if name in other and not torch.equal(one[name], other[name])]
+    return moved[0] if len(moved) == 1 else ""
 
 
 def _scalars(module: nn.Module) -> dict[str, Tensor]:
@@ -369,7 +423,8 @@ def _candidates(module: nn.Module, call: Callable[..., Any] | None) -> Iterable[
     known = [name for name in IDS if name in named]
     required = [name for name, parameter in named.items() if parameter.default is parameter.empty and name not in known]
     shared["filled"] = tuple((name, FILLED[name]) for name in required if name in FILLED)
-    unknown = [name for name in required if name not in FILLED and named[name].kind != inspect.Parameter.KEYWORD_ONLY]
+    roles = {*FILLED, *MASK, *POSITIONS, *CACHE, *EMBEDS, *LABELS, *USE_CACHE}
+    unknown = [name for name in required if name not in roles and named[name].kind != inspect.Parameter.KEYWORD_ONLY]
     for name in [*known, *unknown[:1]]:
         yield Convention(name, **shared)
         if "ones" in dict(shared["filled"]).values():

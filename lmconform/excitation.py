@@ -53,8 +53,15 @@ def _excited(role: str, values: Tensor, noise: Tensor) -> Tensor:
         return values * (1.0 / min(values.shape[-2:]) ** 0.5 / rms)
     if rms == 0:
         return noise * 0.1
+    if values.dim() == 2 and _drawn_around_zero(values, rms):  # a matrix kept as a raw parameter: a router, a table
+        return values * max(1.0, MATRIX_GAIN / max(values.shape) ** 0.5 / rms)  # which way round is not known
     # anything else may live in a special range (decay rates, log-scales): a jitter keeps it there
     return values * (1 + 0.1 * noise.clamp(-2, 2))
+
+
+def _drawn_around_zero(values: Tensor, rms: float) -> bool:
+    """Whether it looks like random weights, and not like rates or scales, which have one sign or few values."""
+    return abs(values.mean().item()) < 0.3 * rms and values.unique().numel() > values.numel() // 2
 
 
 def roles_of(module: nn.Module) -> dict[int, str]:

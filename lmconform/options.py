@@ -45,10 +45,8 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("select", "deselect", "import_"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                object.__setattr__(self, name, tuple(filter(None, value.replace(",", " ").split())))
-            else:
-                object.__setattr__(self, name, tuple(value or ()))
+            given = [value] if isinstance(value, str) else value or ()
+            object.__setattr__(self, name, tuple(each for item in given for each in item.replace(",", " ").split()))
         if self.profile not in PROFILES:
             raise OptionError(f"profile {self.profile!r} is none of {', '.join(PROFILES)}")
         if self.time_budget is not None and not self.time_budget > 0:

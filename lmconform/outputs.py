@@ -69,6 +69,8 @@ def read(raw: Any, cache_name: str | None = None) -> Output:
             raise ConventionError(f"returned {shapes(raw)}: no [batch, time, vocab] tensor among them")
         loss = next((t for t in tensors if t.dim() == 0), None)
         cache = next((item for item in raw if item is not None and not isinstance(item, torch.Tensor)), None)
+        if cache is None and cache_name == "state":  # of a recurrence: one tensor
+            cache = next((t for t in tensors if t is not logits and t.dim() > 0 and t.is_floating_point()), None)
         return Output(logits, cache, loss)
     raise ConventionError(f"returned {shapes(raw)}: no logits in it")
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.cases import Choice, Span
-from lmconform.context import Hint
+from lmconform.checks.generation_steps import why_not_plain
+from lmconform.context import Hint, Violation
 from lmconform.conventions import first_line
 from lmconform.measuring.encoding import Encoder
 from lmconform.measuring.generating import Generator, pad_for
@@ -49,17 +50,14 @@ def check_greedy(subject: Specimen, ctx: Context) -> None:
         ids = ctx.ids(case.batch, subject.longest(case.time + new) - new)
         made, chosen_from = generator.greedy_with_logits(ids, new)
         _whole(subject, ctx, made, new)
-        hint = Hint(
-            "generate() feeds other inputs than forward() got here: the prompt cut, the cache stale, position_ids not "
-            "advancing by one each step or counted from another start, the last token given twice, or the logits of "
-            "another position read",
-            "generation.inputs_differ",
-            "position.restarts_on_decode",
-        )
-        _expect_argmax(
-            subject, ctx, ids, made, "greedy generate() leaves the argmax of plain forwards", hint,
-            logits=chosen_from, beside="logits inside generate() differ from those of plain forwards",
-        )  # fmt: skip
+        try:
+            _expect_argmax(
+                subject, ctx, ids, made, "greedy generate() leaves the argmax of plain forwards", "",
+                logits=chosen_from, beside="logits inside generate() differ from those of plain forwards",
+            )  # fmt: skip
+        except Violation as violation:
+            violation.hint = why_not_plain(subject, ctx, ids, new)
+            raise
 
 
 @register_check(

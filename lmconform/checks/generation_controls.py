@@ -9,6 +9,7 @@ from lmconform import tolerance
 from lmconform.cases import Choice, Span
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.measuring.generate_calls import calls_recorded
 from lmconform.measuring.generating import Generator
 from lmconform.registry import register_check
 
@@ -89,10 +90,15 @@ _LEVELS: dict[str, tuple[Any, ...]] = {
 def _sampled(
     subject: Specimen, ctx: Context, generator: Generator, ids: Tensor, new: int, controls: dict[str, Any]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Prompt and sampled tokens, and per step the logits of a plain forward and the probabilities drawn from."""
+    """Prompt and sampled tokens, and per step the logits inside generate() and the probabilities drawn from.
+
+    The logits are those of its own calls of forward(), where they are seen, else of a plain forward: whether the two
+    agree is for generation.greedy to say.
+    """
     import torch
 
-    made, drawn = generator.sample(ids, new, **controls)
+    with calls_recorded(subject) as calls:
+        made, drawn = generator.sample(ids, new, **controls)
     if not drawn:
         _refuse_argmax(subject, ctx, generator, ids)
     if len(drawn) != made.shape[1] or any(step.shape != (len(ids), subject.vocab_size) for step in drawn):
@@ -101,8 +107,10 @@ def _sampled(
             "it draws from cannot be seen"
         )
     full = torch.cat([ids, made], dim=1)
-    logits = subject.logits(full)[:, ids.shape[1] - 1 : -1]
-    return full, list(logits.double().unbind(1)), [step.double() for step in drawn]
+    own = [call.logits for call in calls]
+    if len(own) != made.shape[1] or any(step.shape != (len(ids), subject.vocab_size) for step in own):
+        own = list(subject.logits(full)[:, ids.shape[1] - 1 : -1].unbind(1))
+    return full, [step.double() for step in own], [step.double() for step in drawn]
 
 
 def _refuse_argmax(subject: Specimen, ctx: Context, generator: Generator, ids: Tensor) -> None:

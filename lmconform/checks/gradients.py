@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lmconform import charts, structure, tolerance
 from lmconform.cases import Choice
-from lmconform.checks.unused_parameters import declared_unused
+from lmconform.checks.unused_parameters import declared_unused, reached_by_loss
 from lmconform.context import Hint
 from lmconform.excitation import excite
+from lmconform.measuring.buffers import buffers_kept
 from lmconform.measuring.dropout import without_dropout
 from lmconform.registry import register_check
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 REQUIRES = ("contract.shape", "contract.finite", "contract.repeatable")
 VANISHED = 1e-6
 UNEVEN = 10.0  # blocks of different kind differ tenfold; a residual stream that adds up grows in proportion to depth
+OPENING_STEPS = 3  # a readout first, then a gate behind it, then what that gate shuts
+OPENING_RMS = 0.02  # what a parameter that starts at 0 is moved by: the size of a usual weight
+CHOOSES = 3.0  # times the excited matrices: routers that are sure
+FORBIDS = 100.0  # an entry this large beside a router's scores is a mask
 RETRIES = 3  # other random weights under which a parameter may be reached after all
 
 
@@ -36,9 +42,10 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     """A random projection of all logits goes backward, in train mode with dropout off.
 
     A parameter without a gradient is tried again under other random weights and more tokens (experts that were not
-    routed to, dead ReLUs), then moved: a bias that moves no logit (a key bias under softmax) is invariant and
-    excused, a matrix that moves none is dead, and whatever moves logits without having a gradient is cut off.
-    Excused with a note: towers of other modalities, and cross-attention where no encoder's states are given.
+    routed to, dead ReLUs), and with routers that favour nobody; then it is moved: a bias that moves no logit (a key
+    bias under softmax) is invariant and excused, a matrix that moves none is dead, and whatever moves logits without
+    having a gradient is cut off. Excused with a note: towers of other modalities, cross-attention where no encoder's
+    states are given, and what only the model's own loss reaches (a head that predicts further tokens in training).
     """
     quiet = without_dropout(subject, lent=True)
     module = quiet.module
@@ -58,14 +65,18 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
             ),
         )
     suspects = unreached(quiet, grads)
-    for attempt in range(RETRIES if suspects else 0):
+    for attempt in range(2 * RETRIES):
+        last_resort = attempt >= RETRIES
+        if not suspects or (last_resort and all(_is_bias(name, trainable[name]) for name in suspects)):
+            break  # a bias without a gradient has none whichever expert is chosen
         seed = subject.seed + 1000 + attempt
         other = without_dropout(subject.fresh(seed)) if subject.can("rebuild") else quiet.copy()
         excite(other.module, seed)
-        found = unreached(other, projected_gradients(other, ctx, ctx.ids(8, subject.longest(64), salt=attempt + 1)))
-        suspects = still_unreached(suspects, found)
-        if not suspects:
-            break
+        if last_resort:
+            even_choices(other.module)
+        found = projected_gradients(other, ctx, ctx.ids(8, subject.longest(64), salt=attempt + 1))
+        if all(grad is None or bool(grad.isfinite().all()) for grad in found.values()):
+            suspects = still_unreached(suspects, unreached(other, found))
     if suspects:
         judge_suspects(subject, ctx, quiet, suspects, grads, ids)
     check_frozen_stay(ctx, quiet, ids, grads)
@@ -140,9 +151,12 @@ def check_checkpointing(subject: Specimen, ctx: Context) -> None:
     requires=REQUIRES,
 )
 def check_magnitude(subject: Specimen, ctx: Context) -> None:
-    """Gradient of the cross-entropy against random labels, by block, on weights as the builder leaves them."""
-    import torch
+    """Gradient of the cross-entropy against random labels, by block, on weights as the builder leaves them.
 
+    A readout, an output projection or a gate that starts at 0 (muP, nanochat, LayerScale, ReZero, adaLN-zero) lets no
+    gradient through until it has moved: where a block gets none at all, what starts at 0 is moved first, as an
+    optimizer would, and the same bounds are applied then.
+    """
     new = subject.fresh(subject.seed) if subject.can("rebuild") else subject.as_loaded()
     found = structure.blocks(new.module)
     if found is None or len(found[1]) < 2:
@@ -150,22 +164,17 @@ def check_magnitude(subject: Specimen, ctx: Context) -> None:
         raise AssertionError("unreachable")
     prefix, blocks = found
     ids, labels = ctx.ids(4, subject.longest(40)), ctx.ids(4, subject.longest(40), salt=3)
-    logits = new.logits(ids, grad=True).double()
-    loss = (logits.logsumexp(-1) - logits.gather(-1, labels[..., None])[..., 0]).mean()
-    owners = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
-    parameters = [p for owner in owners for p in owner]
-    if not all(owners):
+    if not all(any(p.requires_grad for p in block.parameters()) for block in blocks):
         ctx.not_applicable(f"not every block of {prefix} has trainable parameters")
-    grads = dict(zip(map(id, parameters), torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
-    if all(grad is None for grad in grads.values()):
+    norms = norms_by_block(new.logits(ids, grad=True), labels, blocks)
+    if norms is None:
         ctx.not_applicable(
             f"no parameter of {prefix} is on the way from the logits back: a tower of another modality, or a backward "
             "pass of its own; gradients.reach tells whether that is right"
         )
-    norms = []
-    for owner in owners:
-        squares = [float(g.double().square().sum()) for p in owner if (g := grads[id(p)]) is not None]
-        norms.append(sum(squares) ** 0.5)
+        raise AssertionError("unreachable")
+    if 0.0 in norms and max(norms) < math.inf:
+        norms = opened(ctx, new if subject.can("rebuild") else new.copy(), ids, labels, norms)
     ctx.record(charts.curves("Gradient norm by block", "block", "gradient norm", {"at the start": norms}, log="y"))
     profile = "gradient norms by block: " + " ".join(f"{norm:.3g}" for norm in norms)
     top, names = max(norms), [f"{prefix}.{index}" for index in range(len(norms))]
@@ -212,18 +221,22 @@ def projection(subject: Specimen, ctx: Context, ids: Tensor) -> Tensor:
 
 
 def projected_gradients(subject: Specimen, ctx: Context, ids: Tensor, train: bool = True) -> dict[str, Tensor | None]:
-    """Gradient of the random projection of all logits, by trainable parameter; None where there is none."""
+    """Gradient of the random projection of all logits, by trainable parameter; None where there is none.
+
+    Buffers are left as they were: a model may learn in them in train mode (batch statistics, the balance of experts).
+    """
     import torch
 
     subject.module.zero_grad(set_to_none=True)
     torch.manual_seed(subject.seed)  # train mode may draw (routers that sample experts): the same each time
-    logits = subject.logits(ids, train=train, grad=True)
-    if not logits.requires_grad:
-        ctx.fail(
-            "the logits carry no gradient in train mode",
-            hint=Hint("forward() runs under no_grad() or inference_mode(), or ends with detach()", "grad.frozen"),
-        )
-    (logits * projection(subject, ctx, ids).to(logits.dtype)).sum().backward()
+    with buffers_kept(subject.module):
+        logits = subject.logits(ids, train=train, grad=True)
+        if not logits.requires_grad:
+            ctx.fail(
+                "the logits carry no gradient in train mode",
+                hint=Hint("forward() runs under no_grad() or inference_mode(), or ends with detach()", "grad.frozen"),
+            )
+        (logits * projection(subject, ctx, ids).to(logits.dtype)).sum().backward()
     grads = {
         name: None if p.grad is None else p.grad.detach()  # let go of by the module below: no copy is needed
         for name, p in subject.module.named_parameters()
@@ -232,6 +245,69 @@ def projected_gradients(subject: Specimen, ctx: Context, ids: Tensor, train: boo
     for parameter in subject.module.parameters():  # not zero_grad(), which a model may have of its own
         parameter.grad = None
     return grads
+
+
+def norms_by_block(logits: Tensor, labels: Tensor, blocks: Iterable[nn.Module]) -> list[float] | None:
+    """Norm of the cross-entropy's gradient for each block's trainable parameters; None where it reaches no block."""
+    import torch
+
+    owners = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+    parameters = [p for owner in owners for p in owner]
+    reached = torch.autograd.grad(_mean_loss(logits, labels), parameters, allow_unused=True)
+    grads = dict(zip(map(id, parameters), reached, strict=True))
+    if all(grad is None for grad in reached):
+        return None
+    squares = [[g.double().square().sum() for p in owner if (g := grads[id(p)]) is not None] for owner in owners]
+    return [float(sum(terms)) ** 0.5 for terms in squares]
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits [batch, time, vocab] against labels [batch, time], float64."""
+    wide = logits.double()
+    return (wide.logsumexp(-1) - wide.gather(-1, labels[..., None])[..., 0]).mean()
+
+
+def opened(ctx: Context, model: Specimen, ids: Tensor, labels: Tensor, norms: list[float]) -> list[float]:
+    """The norms by block once those parameters that are all 0 have followed their own gradient, a few steps at most.
+
+    `norms` where that changes nothing: what stays at 0 gets no gradient itself. `model` is changed. The gain of a norm
+    starts at 1, so one of 0 is left where it is.
+    """
+    import torch
+
+    found = structure.blocks(model.module)
+    assert found is not None
+    of_norms = {
+        id(p)
+        for part in model.module.modules()
+        if "norm" in type(part).__name__.lower()
+        for p in part.parameters(False)
+    }
+    shut = {
+        name: p
+        for name, p in model.module.named_parameters()
+        if p.requires_grad and p.numel() and id(p) not in of_norms and not bool(p.detach().any())
+    }
+    moved: list[str] = []
+    for step in range(OPENING_STEPS if shut else 0):
+        loss = _mean_loss(model.logits(ids, grad=True), labels)
+        grads = torch.autograd.grad(loss, list(shut.values()), allow_unused=True)
+        with torch.no_grad():
+            for (name, parameter), grad in zip(shut.items(), grads, strict=True):
+                size = 0.0 if grad is None else float(grad.float().square().mean().sqrt())
+                if size and size < math.inf:
+                    parameter.sub_(grad * (OPENING_RMS / size))
+                    moved.append(name)
+        now = norms_by_block(model.logits(ids, grad=True), labels, found[1])
+        if now is not None and 0.0 not in now:
+            names = list(dict.fromkeys(moved))
+            ctx.note(
+                f"at the start itself {norms.count(0.0)} of {len(norms)} blocks get a gradient of exactly 0, behind "
+                f"parameters that start at 0; measured after {step + 1} step{'s' if step else ''} of "
+                f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            )
+            return now
+    return norms
 
 
 def trained_once(
@@ -328,8 +404,10 @@ def judge_suspects(
     moved = quiet.copy()
     parameters = dict(moved.module.named_parameters())
     excused = declared_unused(quiet, [name for name in suspects if grads[name] is None], ids, base, bound)
-    excused["invariant"] = []
     unused = {name for names in excused.values() for name in names}
+    excused["invariant"] = []
+    excused["which the model's own loss in train mode reaches beside the logits"] = of_the_loss = []
+    reached = reached_by_loss(quiet, ids) if set(suspects) - unused else frozenset()
     findings: list[tuple[int, int, str, str, str]] = []
     tables = embedding_tables(quiet)
     for index, (name, rows) in enumerate(suspects.items()):
@@ -364,6 +442,8 @@ def judge_suspects(
                     "grad.dead_parameter",
                 ),
             ))  # fmt: skip
+        elif name in reached and not rows:
+            of_the_loss.append(name)
         elif grads[name] is None:
             findings.append((
                 1, order, f"{name} gets no gradient: forward() never uses it", place,
@@ -373,7 +453,7 @@ def judge_suspects(
                     "grad.dead_parameter",
                 ),
             ))  # fmt: skip
-        elif _is_bias(name.rpartition(".")[2], parameter):
+        elif _is_bias(name, parameter):
             excused["invariant"].append(name)
         else:
             findings.append((
@@ -395,15 +475,34 @@ def judge_suspects(
             ctx.note(f"without a gradient, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
 
 
-def _is_bias(leaf: str, parameter: Tensor) -> bool:
+def even_choices(module: nn.Module) -> None:
+    """Routers favour nobody: matrices grow, so that they decide, and vectors, a router's bias among them, are levelled.
+
+    For an expert that random weights do not choose. What is -inf, or as good as that, forbids a choice: it stays.
+    """
+    import torch
+
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if tensor.dim() == 1 and float(tensor.abs().max()) < FORBIDS:
+                tensor.fill_(float(tensor.float().mean()))
+            elif tensor.dim() == 2 and isinstance(tensor, torch.nn.Parameter):
+                tensor.mul_(CHOOSES)
+
+
+def _is_bias(name: str, parameter: Tensor) -> bool:
     """A vector called bias, or TransformerLens' b_K [heads, size]."""
+    leaf = name.rpartition(".")[2]
     return (parameter.dim() <= 1 and leaf.endswith("bias")) or (parameter.dim() == 2 and leaf.startswith("b_"))
 
 
 def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[str, Tensor | None]) -> None:
     """Freeze every second parameter: it must get no gradient and stay frozen, and the others keep theirs.
 
-    The gradients that the frozen ones had are dropped from `before`: of a large model two sets do not fit.
+    The gradients that the frozen ones had are dropped from `before`: of a large model two sets do not fit. For the same
+    reason the others' are copied only where the model keeps its gradients' memory, so that both passes wrote to it.
     """
     top = max((float(g.abs().max()) for g in before.values() if g is not None), default=0.0)
     parameters = {name: p for name, p in quiet.module.named_parameters() if name in before}
@@ -412,6 +511,14 @@ def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[s
         parameters[name].requires_grad_(False)
         del before[name]
     after = projected_gradients(quiet, ctx, ids)
+    if any(_one_memory(before.get(name), grad) for name, grad in after.items()):  # nothing is left to compare with
+        for name in frozen:
+            parameters[name].requires_grad_(True)
+        again = projected_gradients(quiet, ctx, ids)
+        before = {name: None if grad is None else grad.clone() for name, grad in again.items() if name in before}
+        for name in frozen:
+            parameters[name].requires_grad_(False)
+        after = projected_gradients(quiet, ctx, ids)
     thawed = [name for name in frozen if parameters[name].requires_grad or after.get(name) is not None]
     if thawed:
         ctx.fail(
@@ -444,6 +551,14 @@ def check_frozen_stay(ctx: Context, quiet: Specimen, ids: Tensor, before: dict[s
             where=name,
             hint=Hint("a custom backward() mixes up its inputs where one of them needs no gradient", "grad.wrong"),
         )
+
+
+def _one_memory(before: Tensor | None, after: Tensor | None) -> bool:
+    """Whether one backward() wrote over what another one had left, in memory that the model keeps for its gradients."""
+    if before is None or after is None:
+        return False
+    kept = before.untyped_storage().data_ptr()
+    return kept == after.untyped_storage().data_ptr() != 0
 
 
 def _check_same_again(ctx: Context, quiet: Specimen, ids: Tensor, name: str, old: Tensor, bound: float) -> None:

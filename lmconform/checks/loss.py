@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
 from lmconform.checks.cross_entropy import IGNORED, cross_entropy, explain, rounding
 from lmconform.context import Hint
 from lmconform.conventions import first_line, parameters_of
+from lmconform.measuring.buffers import buffers_kept
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 REQUIRES = ("contract.shape", "contract.finite")
-AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_aux_loss_coefficient")
+COEFFICIENTS = ("{}_coef", "router_{}_coef", "router_{}_coefficient", "{}_coefficient", "{}_weight")  # of an aux_loss
+UNSTATED = (
+    "if train mode is to add a term (further tokens predicted, experts balanced), return it under its own name and "
+    "state its coefficient (aux_loss and aux_loss_coef), so that the loss can be told from it; else take it out"
+)
 
 
 @register_check(
@@ -48,14 +54,17 @@ AUXILIARY_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_aux_l
 def check_reference(subject: Specimen, ctx: Context) -> None:
     """The reference is computed in float64 from the logits of the very same call, so no rounding of the model counts.
 
-    Labels are drawn apart from the inputs, so that ids taken for labels show. Source: transformers' issue 34242 and
-    the many reports of a loss shifted twice or not at all.
+    Labels are drawn apart from the inputs, so that ids taken for labels show. What train mode adds beside the logits (a
+    head for further tokens, the balance of experts) is noted: towards the logits the loss must be the cross-entropy
+    alone. Source: transformers' issue 34242 and the many reports of a loss shifted twice or not at all.
     """
     ignored = ignored_label(subject, ctx)
     for case in ctx.cases():
         ids = ctx.ids(case.batch, subject.longest(case.time))
         labels = draw_labels(subject, ctx, ids, case.labels, ignored)
-        loss, logits = net_loss(subject, ctx, ids, labels, train=case.train)
+        with buffers_kept(subject.module):
+            # with no label at all a term of train mode's own may be left, and rightly
+            loss, logits = net_loss(subject, ctx, ids, labels, train=case.train and case.labels != "none")
         if case.labels == "none":
             value = float(loss.detach())
             if value == value and value != 0:
@@ -75,6 +84,20 @@ def check_reference(subject: Specimen, ctx: Context) -> None:
         if not difference <= allowed:
             loss = loss.detach()
             hint, what = explain(subject, loss, logits, labels, ignored, 4 * allowed)
+            added = (
+                added_in_training(subject, ctx, ids, labels, ignored)
+                if case.train and difference < math.inf and not what
+                else None
+            )
+            if added is not None and added.beside_logits:
+                ctx.note(
+                    f"in train mode the loss holds another term ({added.value:.3g} here), which does not come from the "
+                    "logits: towards them it is the cross-entropy alone"
+                )
+                continue
+            if added is not None:
+                what = f": in eval mode it is right, in train mode {added.value:.3g} is added to it"
+                hint = hint if added.beside_logits is False else UNSTATED
             ctx.within(
                 difference if difference == difference else float("inf"),
                 allowed,
@@ -312,19 +335,57 @@ def _call(subject: Specimen, ids: Tensor, labels: Tensor, train: bool, grad: boo
 
 
 def _auxiliary(subject: Specimen, ctx: Context, raw: Any) -> Tensor | float:
-    """The router's balancing loss as it enters the loss: coefficient * aux_loss where the model states both."""
+    """Stated terms (aux_loss, z_loss, mtp_loss) as they enter the loss: coefficient * term, where both are stated."""
     import torch
 
-    auxiliary = raw.get("aux_loss") if isinstance(raw, dict) else getattr(raw, "aux_loss", None)
-    if not isinstance(auxiliary, torch.Tensor):
-        return 0.0
-    for holder in (subject.module, subject.config):
-        for name in AUXILIARY_COEFFICIENTS:
-            coefficient = getattr(holder, name, None)
-            if isinstance(coefficient, float | int):
-                ctx.note(f"loss holds {name} * aux_loss (coefficient {coefficient:g}), taken off here")
-                return coefficient * auxiliary
-    return 0.0
+    if isinstance(raw, tuple) and hasattr(raw, "_asdict"):
+        raw = raw._asdict()
+    fields: dict[str, Any] = raw if isinstance(raw, dict) else getattr(raw, "__dict__", {})
+    total: Tensor | float = 0.0
+    for term, value in fields.items():
+        if not str(term).endswith("_loss") or not isinstance(value, torch.Tensor) or value.dim():
+            continue
+        found = [
+            (name, coefficient)
+            for holder in (subject.module, subject.config)
+            for name in (pattern.format(term) for pattern in COEFFICIENTS)
+            if isinstance(coefficient := getattr(holder, name, None), float | int)
+        ]
+        if found:
+            name, coefficient = found[0]
+            ctx.note(f"loss holds {name} * {term} (coefficient {coefficient:g}), taken off here")
+            total = total + coefficient * value
+    return total
+
+
+class Added(NamedTuple):
+    """What train mode adds to a loss that is right in eval mode."""
+
+    value: float
+    beside_logits: bool | None  # None: the loss is computed from another tensor than the logits given back
+
+
+def added_in_training(subject: Specimen, ctx: Context, ids: Tensor, labels: Tensor, ignored: int) -> Added | None:
+    """None where the loss of the same batch is wrong in eval mode too.
+
+    A term beside the logits leaves the gradient of the loss towards the logits what the cross-entropy's is.
+    """
+    import torch
+
+    shifted = subject.convention.labels_shifted
+    loss, logits = net_loss(subject, ctx, ids, labels)
+    if not abs(float(loss) - float(cross_entropy(logits, labels, shifted, ignored))) <= rounding(loss, logits):
+        return None
+    with buffers_kept(subject.module):
+        loss, logits = net_loss(subject, ctx, ids, labels, train=True, grad=True)
+        reference = cross_entropy(logits, labels, shifted, ignored)
+        value = float(loss.detach().double() - reference.detach())
+        points, _, (allowed, *_) = comparison_points(subject, loss, logits, reference)
+        if points[0] is not logits:
+            return Added(value, None)
+        (actual,) = torch.autograd.grad(loss, points, retain_graph=True)
+        (expected,) = torch.autograd.grad(reference, points)
+        return Added(value, bool(largest(actual.double() - expected.double()) <= allowed))
 
 
 def taken(subject: Specimen, ctx: Context, ids: Tensor, labels: Tensor, mean: Tensor, items: Any) -> bool:

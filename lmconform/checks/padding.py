@@ -234,6 +234,8 @@ def check_left_defaults(subject: Specimen, ctx: Context) -> None:
 
     Documented in transformers: GPT-2 "position_ids ... should be passed when padding on the left".
     """
+    if subject.convention.positions in dict(subject.convention.filled):
+        ctx.not_applicable(f"forward() requires {subject.convention.positions}: it has no default")
     check_padded(
         subject, ctx, "left", give_positions=False,
         message="without position_ids, logits of a left-padded row differ from the same row alone",

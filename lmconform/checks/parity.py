@@ -267,7 +267,7 @@ def check_scale(subject: Specimen, ctx: Context) -> None:
             math.log(BAND),
             f"{place} is {ratio:.4g} times the reference's in size (before it: {before:.4g} times)",
             where=place,
-            hint=_sized(ours, theirs, ids, *states[index], *states[-1]) if measured > math.log(BAND) else "",
+            hint=_sized(ours, theirs, ids, *states[index], *states[-1], place) if measured > math.log(BAND) else "",
         )
 
 
@@ -283,8 +283,9 @@ def _record_entropies(ctx: Context, ours: Specimen, theirs: Specimen) -> None:
 
 
 def _sized(
-    ours: Specimen, theirs: Specimen, ids: Tensor, state: Tensor, other: Tensor, logits: Tensor, expected: Tensor
-) -> Hint:
+    ours: Specimen, theirs: Specimen, ids: Tensor, state: Tensor, other: Tensor, logits: Tensor, expected: Tensor,
+    place: str,
+) -> Hint:  # fmt: skip
     """Whether another size is the fault, a multiple of what the reference has, or follows from another fault."""
     left, right = state.cpu().double(), other.cpu().double()
     factor = float((left * right).sum() / right.square().sum().clamp(min=1e-300))
@@ -292,7 +293,7 @@ def _sized(
         return Hint(
             f"it is {factor:.4g} times the reference's in every place: a scale factor is missing or applied twice "
             "(embedding times sqrt(width), residual scaling, soft cap); mend that, do not rescale the hidden states",
-            "scale.hidden",
+            "scale.logits" if place == "logits" else "scale.hidden",
         )
     found = _tried_out(ours, theirs, ids, logits, expected) or _added(ours, theirs, ids)
     if found is not None:

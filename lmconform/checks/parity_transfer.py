@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 ALIKE = 0.25  # share of a weight's influence that may differ: another direction, not another rounding
 SMALL = 1e-3  # share of a movement that a difference in front of it may have, to judge the movement all the same
 PERTURBATION = 0.3  # of a weight's own RMS
+UNTOLD = (  # the numbers are there and act in another way: what may be, where no remedy was found
+    "attention.heads_scrambled", "weights.sliced_wrong", "position.offset", "position.layout", "attention.kv_groups",
+    "weights.not_loaded",
+)  # fmt: skip
 
 
 @register_check(
@@ -72,6 +76,14 @@ def check_transfer(subject: Specimen, ctx: Context) -> None:
         hint: str = misplaced.hint
     else:
         hint = _remedy(ours, theirs, pairs, wrong, pair, ids, columns, expected[-1], bounds[-1]) if wrong else ""
+        if isinstance(hint, Hint) and hint.suspects == UNTOLD and _agree_before_the_head(mine, expected, bounds):
+            hint = Hint(
+                "hidden states agree up to the last block: what comes after it acts in another way (a scale, a "
+                "temperature or a soft cap of the logits, the final norm, a head that is not the embedding's)",
+                "scale.logits",
+                "weights.untied",
+                "weights.sliced_wrong",
+            )
     ctx.within(
         worst,
         ALIKE,
@@ -311,13 +323,14 @@ def _remedy(
         f"the numbers are there, {len(wrong)} weights at this depth act in another way: q, k and v exchanged, heads in "
         "another order, slices along the wrong axis, rows read with an offset; or the code around them differs: "
         "parity.hidden names the module",
-        "attention.heads_scrambled",
-        "weights.not_loaded",
-        "weights.sliced_wrong",
-        "position.offset",
-        "position.layout",
-        "attention.kv_groups",
+        *UNTOLD,
     )
+
+
+def _agree_before_the_head(mine: list[Tensor], expected: list[Tensor], bounds: list[float]) -> bool:
+    """Whether all states are the reference's, and the logits, which come last, are not."""
+    off = [float((own - right).abs().max()) > bound for own, right, bound in zip(mine, expected, bounds)]
+    return len(off) > 1 and off[-1] and not any(off[:-1])
 
 
 def _pattern(name: str) -> str:

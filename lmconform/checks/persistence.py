@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.copies import cast
+from lmconform.measuring.buffers import outside_the_state
+from lmconform.measuring.dropout import without_dropout
 from lmconform.measuring.saving import (
     in_a_fresh_process,
     named_tensors,
@@ -39,6 +41,7 @@ DRAWING = (
     "normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_",
     "orthogonal_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_",
 )  # fmt: skip
+BATCHES = 16  # in train mode, to see what buffers learn
 COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
 
 
@@ -52,17 +55,19 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
     """Saved and loaded into a model that was built anew under another seed; thorough: in a fresh process too.
 
     transformers' models go through save_pretrained and from_pretrained, others through their state_dict, torch.load
-    with weights_only, and safetensors. Every parameter and buffer must be equal bit for bit, then the logits.
+    with weights_only, and safetensors. Every parameter and buffer must be equal bit for bit, then the logits. What a
+    model learns in buffers while it runs in train mode (the bias that balances experts) must come back too: where such
+    a buffer is outside the state dict, the same again after a few batches.
     """
     ids = ctx.ids(2, subject.longest(20))
     with tempfile.TemporaryDirectory(prefix="lmconform-") as folder:
         if pretrained(subject.module):
-            loaded = through_pretrained(subject, ctx, folder)
+            with poisoned_memory():  # what is left uninitialised would be right by chance, now and then
+                loaded = through_pretrained(subject, ctx, folder)
         else:
             loaded = through_state_dict(subject, ctx)
-        same_state(
-            ctx, named_tensors(loaded.module), named_tensors(subject.module), "a model that was saved and loaded"
-        )
+        made, outside = named_tensors(loaded.module), outside_the_state(subject.module)
+        same_state(ctx, made, named_tensors(subject.module), "a model that was saved and loaded", outside)
         ctx.equal(
             loaded.logits(ids),
             subject.logits(ids),
@@ -75,8 +80,49 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
                 "grad.unregistered",
             ),
         )
+        _check_learnt_buffers(subject, ctx, loaded, folder, ids)
         if ctx.profile == "thorough":
             in_a_fresh_process(subject, ctx, folder, ids)
+
+
+def _check_learnt_buffers(subject: Specimen, ctx: Context, loaded: Specimen, folder: str, ids: Tensor) -> None:
+    """Buffers outside the state dict that train mode changes: the logits must not depend on what they have become.
+
+    A table that is extended on demand changes too, and is made again by whoever needs it. `loaded` is overwritten.
+    """
+    import torch
+
+    outside = outside_the_state(subject.module)
+    if not outside:
+        return
+    trained = without_dropout(subject, lent=True)
+    before = {name: buffer.clone() for name, buffer in trained.module.named_buffers() if name in outside}
+    learnt: list[str] = []
+    for batch in range(BATCHES):  # what is learnt by small steps takes several to be felt
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(ctx.seed)
+            trained.logits(ctx.ids(4, subject.longest(40), salt=31 + batch), train=True)
+        now = dict(trained.module.named_buffers())
+        learnt = sorted(name for name in before if name in now and not same_bits(before[name], now[name]))
+        if not learnt:
+            return
+    expected = trained.logits(ids)
+    if pretrained(subject.module):
+        again = through_pretrained(trained, ctx, folder)
+    else:
+        again = loaded
+        again.module.load_state_dict(saved_state(trained))
+    ctx.equal(
+        again.logits(ids),
+        expected,
+        f"{learnt[0]} is changed in train mode and not saved: logits differ after saving and loading",
+        where=f"{len(learnt)} such buffers" if len(learnt) > 1 else "",
+        hint=Hint(
+            f"a buffer registered with persistent=False is not in state_dict(), so that what was learnt in {learnt[0]} "
+            "is lost with the process: register it with persistent=True",
+            "weights.not_saved",
+        ),
+    )
 
 
 @register_check(
@@ -228,7 +274,7 @@ def _from_meta(subject: Specimen, ctx: Context) -> Specimen:
     except Exception as error:
         ctx.not_applicable(f"the builder does not run under torch.device('meta'): {first_line(error)}")
     state = saved_state(subject)
-    own = {name for name, _ in module.named_buffers()} - set(module.state_dict())
+    own = outside_the_state(module)
     resets: dict[str, Any] = {}
     for name in sorted(own):
         owner = module.get_submodule(name.rpartition(".")[0])

@@ -190,7 +190,7 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
             ctx.note(f"block {index}: its input could not be told")
             continue
         kernel = _kernel(influence) if stated is None else None
-        if kernel and not may_attend(subject, structure.called(stack[index])):
+        if kernel and not may_attend(subject, structure.called(stack[index]), within_a_window=True):
             ctx.note(f"block {index} has no attention and reaches {kernel} tokens from everywhere")
             kernels.append((index, short, influence))
             continue
@@ -535,6 +535,8 @@ def check_defaults(subject: Specimen, ctx: Context) -> None:
     """Lengths on either side of 8, 32 and 64, and the whole context."""
     import torch
 
+    if subject.convention.positions in dict(subject.convention.filled):
+        ctx.not_applicable(f"forward() requires {subject.convention.positions}: it has no default")
     for case in ctx.cases():
         ids = ctx.ids(1, subject.longest(case.time))
         positions = torch.arange(ids.shape[1], device=ids.device)[None]

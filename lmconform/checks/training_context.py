@@ -168,7 +168,7 @@ def check_honest(subject: Specimen, ctx: Context) -> None:
     time = subject.longest(HONEST_TIME)
     if time < 2:
         ctx.not_applicable(f"a context of {time} tokens leaves nothing to predict")
-    with_labels = subject.can("labels") and not subject.convention.loss_alone
+    with_labels = subject.can("labels") and not (subject.convention.loss_alone or subject.convention.kept_loss)
     labels = bool(with_labels and subject.can("ignored_label"))  # found out before anything is stacked
     rate = good_rate(subject, ctx)
     training = train(

@@ -1,4 +1,4 @@
-"""Parameters that a model is right not to use on text alone: those of other modalities, or that read an encoder."""
+"""Parameters that logits are right not to use: of other modalities, for an encoder's states, for the loss alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lmconform.conventions import parameters_of
+from lmconform.measuring.buffers import buffers_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,28 @@ def declared_unused(
     if not float((moved.logits(ids).double() - base.double()).abs().max()) <= bound:
         return {}
     return {"of another modality": tower, "cross-attention where no states of an encoder are given": reader}
+
+
+def reached_by_loss(subject: Specimen, ids: Tensor) -> frozenset[str]:
+    """Names of the parameters to which the model's own loss of `ids`, in train mode, gives a gradient other than 0.
+
+    A head for further tokens, or a router that only a balancing loss teaches, is used in training alone. Empty where no
+    labels are taken.
+    """
+    import torch
+
+    if not subject.can("labels"):
+        return frozenset()
+    parameters = {name: p for name, p in subject.module.named_parameters() if p.requires_grad}
+    torch.manual_seed(subject.seed)
+    with buffers_kept(subject.module):
+        loss = subject.forward(ids, labels=ids, use_cache=False, train=True, grad=True).loss
+        if loss is None or not loss.requires_grad:
+            return frozenset()
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return frozenset(
+        name for name, grad in zip(parameters, grads, strict=True) if grad is not None and bool(grad.any())
+    )
 
 
 def parameters_fed_by_text(subject: Specimen) -> set[str] | None:

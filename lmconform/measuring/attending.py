@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 SDPA = "scaled_dot_product_attention"
+PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
 
 
-def may_attend(subject: Specimen, parts: Sequence[nn.Module] = ()) -> bool:
+def may_attend(subject: Specimen, parts: Sequence[nn.Module] = (), within_a_window: bool = False) -> bool:
     """Whether the subject, or those of its modules while they run, may have attention.
 
     False only where all that is made of a text was seen to be made by operations of torch's, and none of them is an
-    attention, a softmax over tokens or blocks of them, or has to do with a tensor of [..., time, time]. A kernel of
-    another library hides what it does.
+    attention, a softmax over tokens or blocks of them, or has to do with a tensor of [..., time, time]; where it may be
+    attention `within_a_window`, nor multiplies two that are made of the text as matrices. A kernel of another library
+    hides what it does.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -50,7 +52,9 @@ def may_attend(subject: Specimen, parts: Sequence[nn.Module] = ()) -> bool:
                 known.update(map(id, timed))
                 name = getattr(func, "__name__", "")
                 pairwise = any(tuple(each.shape).count(time) > 1 for each in timed)
-                if running[-1] and (foreign or pairwise or name == SDPA or _weighs_tokens(name, args, kwargs, time)):
+                weighs = name == SDPA or _weighs_tokens(name, args, kwargs, time)
+                product = within_a_window and name in PRODUCTS and sum(t.is_floating_point() for t in given) > 1
+                if running[-1] and (foreign or pairwise or weighs or product):
                     found.append(name)
             return result
 

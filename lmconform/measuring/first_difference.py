@@ -56,15 +56,16 @@ def first_module(ours: Specimen, theirs: Specimen, ids: Tensor, block: str, othe
     """Which module in `block` of ours first gives something that is found nowhere in `other`, the reference's block.
 
     `slack` is the share of a value's peak by which it may differ. An empty text where none is found.
+    A module that is given nothing (an expert that no token chose) is passed by.
     What the reference never computes by itself, one head's share of the output, is no fault: a module is cleared where
     one behind it, which depends on it, agrees again.
     """
-    mine = [call for call in traces.calls(ours, ids) if call.name.startswith(block + ".")]
+    mine = [call for call in traces.calls(ours, ids) if call.name.startswith(block + ".") and call.output.numel()]
     given = [call for call in traces.calls(theirs, ids.to(theirs.device)) if call.name.startswith(other + ".")]
     known = [call.output for call in given] + [call.input for call in given if call.input is not None]
 
     def found(value: Tensor | None) -> bool | None:
-        return None if value is None else any(_holds(whole, value, slack) for whole in known)
+        return None if value is None or not value.numel() else any(_holds(whole, value, slack) for whole in known)
 
     agrees = [found(call.output) for call in mine]
     pool = [value.cpu().double().flatten(2) for value in known if value.dim() >= 3 and value.shape[:2] == ids.shape]
@@ -128,7 +129,7 @@ def _moved_by(ours: Specimen, ids: Tensor, name: str, behind: set[str], before: 
 
     def change(module: object, args: object, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple | list) else output
-        if not isinstance(first, torch.Tensor):
+        if not isinstance(first, torch.Tensor) or not first.numel():
             return output
         noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first)
         moved = first + 0.1 * first.abs().max() * noise

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from lmconform import structure
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.copies import convert
+from lmconform.measuring.buffers import outside_the_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -186,7 +187,13 @@ def tensors_anywhere(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}.{key}".lstrip("."), value
 
 
-def same_state(ctx: Context, actual: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+def same_state(
+    ctx: Context, actual: dict[str, Tensor], expected: dict[str, Tensor], what: str, outside: Container[str] = ()
+) -> None:
+    """The same names and bits.
+
+    A buffer `outside` the state dict may have another shape, as a table that is extended on demand: logits tell of it.
+    """
     missing, added = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     for names, verb in ((missing, "lacks"), (added, "has in addition")):
         if names:
@@ -199,7 +206,7 @@ def same_state(ctx: Context, actual: dict[str, Tensor], expected: dict[str, Tens
                 ),
             )
     for name, tensor in expected.items():
-        if same_bits(actual[name], tensor):
+        if same_bits(actual[name], tensor) or (name in outside and actual[name].shape != tensor.shape):
             continue
         if tensor.requires_grad:
             kind = "the weight"
@@ -312,7 +319,8 @@ def in_a_fresh_process(subject: Specimen, ctx: Context, folder: str, ids: Tensor
         )
     given = torch.load(place / "answer.pt", weights_only=True)
     state = {name: tensor.cpu() for name, tensor in named_tensors(subject.module).items()}
-    same_state(ctx, given["state"], state, "a model loaded in a fresh process")
+    outside = outside_the_state(subject.module)
+    same_state(ctx, given["state"], state, "a model loaded in a fresh process", outside)
     ctx.equal(
         given["logits"],
         subject.logits(ids).cpu(),

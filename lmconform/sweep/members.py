@@ -58,14 +58,15 @@ class Training:
     _starts: dict[int, Specimen] = field(default_factory=dict, repr=False)
 
     def trained(self, index: int) -> Specimen:
-        """That member's model with the weights it ended with."""
+        """That member's model with the weights it ended with, and what it has learnt in its buffers."""
         import torch
 
         member = self._starts[self.members[index].seed].copy()
-        parameters = dict(member.module.named_parameters())
+        own = {**dict(member.module.named_parameters()), **dict(member.module.named_buffers())}
         with torch.no_grad():
             for name, value in self.weights[index].items():
-                parameters[name].copy_(value)
+                if name in own and own[name].shape == value.shape:  # not a table that was extended on the way
+                    own[name].copy_(value)
         return member
 
 
@@ -176,7 +177,8 @@ def _one(
         if not going:
             break
     if keep:
-        made.weights[index] = {name: weight.detach() for name, weight in named.items()}
+        learnt = {**named, **dict(copy.module.named_buffers())}
+        made.weights[index] = {name: tensor.detach() for name, tensor in learnt.items()}
 
 
 class NothingToTrain(ValueError):

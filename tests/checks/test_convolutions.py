@@ -43,6 +43,17 @@ class Attention(nn.Module):
         return x + self.out(heads_together(F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))))
 
 
+class HeadsInBatch(Attention):
+    """A window of keys is cut out for each query, with the heads folded into the batch: no [time, time] anywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (heads_apart(part, HEADS).flatten(0, 1) for part in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        k, v = (F.pad(part, (0, 0, KERNEL, 0)).unfold(1, KERNEL + 1, 1) for part in (k, v))
+        weights = torch.einsum("btd,btdw->btw", q, k).softmax(-1)
+        mixed = torch.einsum("btw,btdw->btd", weights, v).unflatten(0, (-1, HEADS))
+        return x + self.out(heads_together(mixed))
+
+
 class Hybrid(nn.Module):
     def __init__(self, *kinds: type[nn.Module], window: int = 0) -> None:
         super().__init__()
@@ -79,3 +90,9 @@ def test_attention_that_is_cut_is_no_convolution() -> None:
     result = verdict("positions.reach", Convolution, Attention, window=8)
     assert result.status == "failed"
     assert "position 8 feels 8 of the 9 tokens" in result.message
+
+
+def test_attention_within_a_window_is_no_convolution_however_it_is_written() -> None:
+    result = verdict("positions.reach", HeadsInBatch, Attention)
+    assert result.status == "failed"
+    assert "feels 4 of the 5 tokens" in result.message

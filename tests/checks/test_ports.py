@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
+from fixtures.subjects.modern import MODERN, modern
 from fixtures.subjects.ports import PORTS
 from lmconform import Subject, check_model
 
+HOSTS = {**PORTS, **{name: partial(modern, name) for name in MODERN}}
 
-@pytest.mark.parametrize("port", PORTS)
-def test_conforms(port: str) -> None:
-    report = check_model(Subject(PORTS[port], name=port), deselect=["training", "collapse"])
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_conforms(host: str) -> None:
+    report = check_model(Subject(HOSTS[host], name=host), deselect=["training", "collapse"])
     told = [result for result in report.results if result.status not in ("passed", "not_applicable")]
     assert [f"{result.id}: {result.message}" for result in told] == []
     assert report.counts["passed"] >= 30

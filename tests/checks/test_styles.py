@@ -170,14 +170,29 @@ def test_a_builder_may_set_the_seed_and_a_model_may_not() -> None:
             super().__init__()
 
     def seeded() -> nn.Module:
+        model = LoneLoss()
         torch.manual_seed(0)
-        return LoneLoss()
+        return model.apply(drawn_anew)
 
-    sound, broken = verdict(Subject(seeded), "init.seeded"), verdict(Subject(SeedsItself), "init.seeded")
+    def seeded_for_each_block() -> nn.Module:
+        model = LoneLoss()
+        for block in model.blocks:
+            torch.manual_seed(0)
+            block.apply(drawn_anew)
+        return model
+
+    sound = verdict(Subject(seeded), "init.seeded")
     assert sound.status == "passed"
     assert "the builder sets the seed itself (test_styles.py:" in sound.message
-    assert broken.status == "failed"
-    assert "another seed gives the same random weights" in broken.message
+    for broken in (SeedsItself, seeded_for_each_block):
+        result = verdict(Subject(broken), "init.seeded")
+        assert result.status == "failed"
+        assert "same random" in result.message
+
+
+def drawn_anew(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
 
 
 def test_flattened_logits_with_targets_are_read() -> None:

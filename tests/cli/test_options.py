@@ -14,7 +14,7 @@ import pytest
 from lmconform import __version__
 from lmconform.cli import main
 from lmconform.flags import FLAGS
-from lmconform.options import NAMES, read_ini
+from lmconform.options import NAMES, make_options, read_ini
 from lmconform.registry import all_checks
 
 
@@ -205,3 +205,8 @@ def test_a_reader_that_leaves_early_is_no_error(environment: dict[str, str]) -> 
     process.stderr.close()
     assert process.wait() in (0, 120)
     assert b"Traceback" not in err
+
+
+@pytest.mark.parametrize("given", ["a.b,c", ["a.b", "c"], ["a.b, c"], "a.b c"])
+def test_several_in_one_word_are_told_apart(given: str | list[str]) -> None:
+    assert make_options({"select": given}).select == ("a.b", "c")

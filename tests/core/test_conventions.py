@@ -196,13 +196,18 @@ class StartPos(Core):
         return self.compute(tokens)
 
 
-class RequiredInputs(Core):
+class Mixing(Core):
+    def compute(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids).cumsum(1))
+
+
+class RequiredInputs(Mixing):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: object = None) -> Tensor:
         assert attention_mask.shape == input_ids.shape
         return self.compute(input_ids) + 0 * position_ids[..., None]
 
 
-class RequiredBoolMask(Core):
+class RequiredBoolMask(Mixing):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if attention_mask.dtype != torch.bool:
             raise TypeError("attention_mask must be bool")
@@ -261,6 +266,100 @@ def test_a_loss_that_stays_on_the_module_is_found_and_does_not_hinder_a_copy() -
     found.copy()  # a tensor with a graph cannot be
 
 
+class KeptScalars(KeptLoss):
+    """Beside the loss: a norm at each call, an accuracy without a gradient, a balancing loss that no label moves."""
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = super().forward(tokens, targets)
+        self.last_norm, self.aux_loss = logits.norm(), logits.square().mean()
+        if targets is not None:
+            self.accuracy = (logits.argmax(-1) == targets).float().mean()
+        return logits
+
+
+class KeptNorm(Core):
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = self.compute(tokens)
+        self.last_norm = logits.norm()
+        return logits
+
+
+def test_of_many_scalars_on_the_module_the_loss_is_taken_and_no_other() -> None:
+    assert Subject(KeptScalars).open().convention.kept_loss == "last_loss"
+    assert Subject(KeptNorm).open().convention.kept_loss == ""
+
+
+def test_a_kept_loss_is_read_off_the_module_inside_a_wrapper() -> None:
+    found = Subject(KeptLoss).open()
+    wrapper = nn.Module()
+    wrapper.module = found.module
+    wrapper.forward = found.module.forward
+    ids = found.probe_ids(2, 5)
+    assert found.convention.run(wrapper, ids, labels=ids).loss is not None
+    assert found.convention.run(wrapper, ids).loss is None
+
+
+class Conditioned(Core):
+    """`y` is no label: it is something that the text is conditioned on."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.compute(x) if y is None else self.compute(x) + self.compute(y).mean()
+
+
+def test_what_is_called_y_and_gives_no_loss_is_no_label() -> None:
+    assert "nothing says that it takes labels" in Subject(Conditioned).open().can("labels").reason
+
+
+class HidesOnes(Core):
+    """A required mask in which 1 stands for padding."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        kept = self.embedding(input_ids) * (1 - attention_mask[..., None])
+        return self.head(kept.cumsum(1))
+
+
+def test_a_required_mask_that_hides_where_it_is_one_is_refused() -> None:
+    with pytest.raises(BuildError, match="1 may mean hidden"):
+        Subject(HidesOnes).open()
+
+
+class TensorState(RequiredState):
+    def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits, kept = super().forward(x, None if state is None else [state])
+        return logits, kept[0]
+
+
+def test_a_state_that_is_a_tensor_comes_back() -> None:
+    assert Subject(TensorState).open().can("cache")
+
+
+class Autoregressive(Core):
+    """A wrapper for training: the loss of its own input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.cross_entropy(self.compute(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+
+class CausalMaskRequired(Core):
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        assert mask.shape == (input_ids.shape[1],) * 2
+        return self.compute(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (Autoregressive, "It gives the loss and no logits, which are what is compared: hand over the model inside."),
+        (CausalMaskRequired, "return model(input_ids, mask=...)"),
+    ],
+)
+def test_advice_fits_what_was_seen(kind: type[Core], says: str) -> None:
+    with pytest.raises(BuildError) as refused:
+        Subject(kind).open()
+    assert says in str(refused.value)
+    assert "forward(mask, mask)" not in str(refused.value)
+
+
 class OneSequence(Core):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 1:
@@ -287,5 +386,5 @@ def test_what_takes_one_sequence_is_told_how_to_stack_them() -> None:
 
 
 def test_what_gives_no_logits_but_a_loss_is_told_so() -> None:
-    with pytest.raises(BuildError, match="With target_seq it gives the loss and no logits, which is what is compared"):
+    with pytest.raises(BuildError, match="With target_seq it gives the loss and no logits, which are what is compared"):
         Subject(TargetsRequired).open()

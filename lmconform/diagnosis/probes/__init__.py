@@ -10,6 +10,7 @@ from lmconform.diagnosis.probes import (
     backends,
     choosing,
     copying,
+    dead,
     decoding,
     encoding,
     leak,
@@ -18,6 +19,7 @@ from lmconform.diagnosis.probes import (
     padded_steps,
     padding,
     reference,
+    untrained,
 )
 from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.specimen import Unavailable
@@ -43,12 +45,14 @@ PROBES: tuple[tuple[tuple[str, ...], Callable[[Specimen, int], list[Finding]]], 
     (("cache.decode", "cache.chunks"), decoding.probe),
     (("padding.cached",), padded_steps.probe),
     (("generation.greedy",), choosing.probe),
+    (("gradients.magnitude", "init.scale", "scale.residual"), dead.probe),
     (("persistence.copy",), copying.probe),
     (("positions.order_matters",), encoding.module),
     (("positions.shift",), encoding.shift),
     (("precision.backends",), backends.probe),
     (("loss.reference",), losses.probe),
     (("parity.logits", "parity.hidden", "parity.transfer", "parity.scale"), reference.probe),
+    (("parity.gradients",), untrained.probe),
 )
 
 

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.diagnosis.probes.finding import Finding, Verdict
+from lmconform.diagnosis.probes.forms import forms_differ
 from lmconform.diagnosis.probes.places import first_difference
+from lmconform.diagnosis.probes.step_reach import seen_beyond
+from lmconform.measuring.attending import may_attend
 from lmconform.specimen import Unavailable, random_ids
 
 if TYPE_CHECKING:
@@ -28,16 +31,24 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
 
     if not subject.can("cache"):
         raise Unavailable("no cache")
-    for time in dict.fromkeys((subject.longest(TIME), subject.longest(LONG))):
-        ids = random_ids(subject.ordinary_ids, 1, time, torch.Generator().manual_seed(seed)).to(subject.device)
+    texts = [
+        random_ids(subject.ordinary_ids, 1, time, torch.Generator().manual_seed(seed)).to(subject.device)
+        for time in dict.fromkeys((subject.longest(TIME), subject.longest(LONG)))
+    ]
+    if told := forms_differ(subject, texts[-1]):
+        others = ("position.restarts_on_decode", *CONTENTS)
+        return [Finding("mixer.forms_differ", Verdict.seen, told), *(Finding(c, Verdict.ruled_out) for c in others)]
+    forms_agree = Finding("mixer.forms_differ", Verdict.against)
+    for ids in texts:
         if found := _examined(subject, ids):
-            if time > TIME:
+            time = ids.shape[1]
+            if time > TIME and not any(finding.cause == "mask.window" for finding in found):
                 where = f"after {TIME} tokens a cached step is right, after {time} it is not"
                 found = [finding for finding in found if finding.cause not in CONTENTS]
                 found += [Finding(cause, Verdict.against) for cause in CONTENTS if cause != "cache.truncated"]
                 found.append(Finding("cache.truncated", Verdict.seen, where))
-            return found
-    return []
+            return [*found, forms_agree]
+    return [forms_agree]
 
 
 def _examined(subject: Specimen, ids: Tensor) -> list[Finding]:
@@ -94,17 +105,27 @@ def _examined(subject: Specimen, ids: Tensor) -> list[Finding]:
         where = f"a step writes into {written[0]} of the cache that it was given"
         found.append(Finding("cache.mutated_in_place", Verdict.seen, where))
     before = prefix()
+    if beyond := seen_beyond(lambda: subject.logits(ids), lambda: step(before)):
+        found += [Finding("mask.window", Verdict.seen, beyond), Finding("position.restarts_on_decode", Verdict.against)]
+        return found + [Finding(cause, Verdict.ruled_out) for cause in CONTENTS]
+    before = prefix()
     where = _unread(before, lambda cache: step(cache).logits, bound)
-    culprit = "cache.ignored" if where else ""
+    culprit, stale = "cache.ignored" if where else "", Verdict.against
     if not culprit:
-        culprit, where = _contents(
-            list(tensors(before)), list(tensors(stepped.cache)), list(tensors(full.cache)), first_number(place)
-        )
+        held = list(tensors(before)), list(tensors(stepped.cache)), list(tensors(full.cache))
+        culprit, where = _contents(*held, first_number(place))
+        if culprit == "cache.wrong_value" and _all_moved(*held):
+            stale = Verdict.ruled_out
+        if not (culprit or written) and (where := _read_otherwise(subject, ids, *held[1:], place)):
+            culprit = "cache.wrong_value"
+            found.append(Finding("position.restarts_on_decode", Verdict.against))
     if culprit == "cache.ignored":
         found.append(Finding("position.restarts_on_decode", Verdict.against))
     for cause in CONTENTS:
         if cause == culprit and not written:
             found.append(Finding(cause, Verdict.seen, "; ".join(filter(None, [where, place]))))
+        elif cause == "cache.stale" and stale == Verdict.ruled_out:
+            found.append(Finding(cause, stale))
         else:
             found.append(Finding(cause, Verdict.against if culprit or written else Verdict.place, place))
     return found
@@ -189,6 +210,8 @@ def _contents(before: Named, stepped: Named, full: Named, place: int | None) -> 
     `place`: the block where the step first differs. New entries of later blocks alone are made from what is wrong
     already, and say nothing about the cache.
     """
+    import torch
+
     for (_, old), (name, mine), (_, right) in zip(before, stepped, full):
         if mine.shape != right.shape:
             if mine.shape == old.shape:
@@ -210,8 +233,45 @@ def _contents(before: Named, stepped: Named, full: Named, place: int | None) -> 
             )  # two steps were made
             if old_right and place is not None and number is not None and place < number:
                 return "", ""
+        if axis is None and torch.equal(mine, old):
+            return "cache.stale", f"{name} is the same after the step as before it"
         return "cache.wrong_value", f"{name} is {float(difference.max()):.2g} off what one forward leaves there"
     return "", ""
+
+
+def _all_moved(before: Named, stepped: Named, full: Named) -> bool:
+    """Whether states, which do not grow, have changed in a step wherever they should have: none is left as it was."""
+    kept = [(old, mine, right) for (_, old), (_, mine), (_, right) in zip(before, stepped, full)]
+    if any(not old.shape == mine.shape == right.shape for old, mine, right in kept):
+        return False
+    return not any(bool(((mine == old) & (right != old)).any()) for old, mine, right in kept)
+
+
+def _read_otherwise(subject: Specimen, ids: Tensor, stepped: Named, full: Named, place: str) -> str:
+    """Whether the block of `place`, an attention that errs, keeps what one forward leaves there, its position included.
+
+    That the newest entry is not the one that the same token has at the start of a text shows that it has its position.
+    """
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        return float((one.double() - other.double()).abs().max()) <= 1e-4 * float(other.abs().max())
+
+    block = first_number(place)
+    inside = [(mine, right) for (name, mine), (_, right) in zip(stepped, full) if first_number(name) == block]
+    if block is None or not inside or any(mine.shape != right.shape or not mine.numel() for mine, right in inside):
+        return ""
+    if not all(same(mine, right) for mine, right in inside):
+        return ""
+    if not may_attend(subject, [subject.module.get_submodule(place)]):
+        return ""
+    alone = list(tensors(subject.forward(ids[:, -1:], use_cache=True).cache))
+    for (name, right), (_, first) in zip(full, alone):
+        axis = next((a for a, (one, all_) in enumerate(zip(first.shape, right.shape)) if one == 1 < all_), None)
+        if axis is None or first_number(name) != first_number(full[0][0]):
+            continue
+        if not same(right.select(axis, -1), first.select(axis, 0)):
+            return f"what block {block} keeps after the step is what one forward leaves there: it is read otherwise"
+    return ""
 
 
 def _unread(cache: Any, step: Any, bound: float) -> str:

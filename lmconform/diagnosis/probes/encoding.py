@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lmconform import tolerance
+from lmconform import structure, tolerance
 from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.measuring.traces import hooked
 from lmconform.specimen import random_ids
@@ -86,6 +86,10 @@ def shift(subject: Specimen, seed: int) -> list[Finding]:
 
     near, end = moved(3), moved(far - time - subject.first_position)
     broken = ("position.one_side_rotated", "position.not_relative", "position.base_kept")
+    if near > bound and (where := _gains(subject, ids, start)):
+        cleared = ("position.collision", *(other for other in broken if other != "position.not_relative"))
+        cured = Finding("position.not_relative", Verdict.cured, where)
+        return [cured, *(Finding(other, Verdict.against) for other in cleared)]
     if near > bound:
         cause, where = _unequal(subject, ids, bound)
         others = [Finding(other, Verdict.against) for other in broken if other != cause]
@@ -96,6 +100,33 @@ def shift(subject: Specimen, seed: int) -> list[Finding]:
     return [Finding("position.collision", Verdict.seen, where), *(Finding(cause, Verdict.against) for cause in broken)]
 
 
+def _gains(subject: Specimen, ids: Tensor, start: Tensor) -> str:
+    """Whether moving all positions stops to matter once norms inside attention have one gain for all channels.
+
+    A rotation commutes with that; not with a gain for each channel, which therefore belongs in front of it.
+    """
+    import torch
+
+    blocks = structure.blocks(subject.module)
+    if blocks is None:
+        return ""
+    inside = [
+        f"{blocks[0]}.{number}.{name}"
+        for number, block in enumerate(blocks[1])
+        for name, part in block.named_modules()
+        if "norm" in type(part).__name__.lower() and "." in name  # a part of a part: the norms of queries and keys
+    ]
+    copied = subject.copy()
+    with torch.no_grad():
+        for name in inside:
+            for gain in copied.module.get_submodule(name).parameters(recurse=False):
+                gain.copy_(gain.mean(-1, keepdim=True).expand_as(gain))
+    base, moved = copied.logits(ids, positions=start), copied.logits(ids, positions=start + 3)
+    if not inside or float((base - moved).abs().max()) > tolerance.allowed(subject.noise, base):
+        return ""
+    return f"with one gain for all channels in {inside[0]} and its like, moving all positions changes nothing"
+
+
 def _unequal(subject: Specimen, ids: Tensor, bound: float) -> tuple[str, str]:
     """All tokens at one position, which is then moved: turned alike, queries and keys still meet at the same angle.
 
@@ -103,8 +134,11 @@ def _unequal(subject: Specimen, ids: Tensor, bound: float) -> tuple[str, str]:
     """
     import torch
 
+    # without a mask, transformers takes tokens at equal positions for texts of their own
+    ones = torch.ones_like(ids) if subject.can("mask") else None
+
     def at(position: int) -> Tensor:
-        return subject.logits(ids, positions=torch.full_like(ids, position + subject.first_position))
+        return subject.logits(ids, positions=torch.full_like(ids, position + subject.first_position), mask=ones)
 
     base = at(0)
     step, leap = (float((at(position) - base).abs().max()) for position in (1, LEAP))

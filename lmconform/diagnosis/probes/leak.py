@@ -111,7 +111,8 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
         return [*found, *_of(MASKS[:5], Verdict.agrees, where), *beyond]
     if texts is not None and enters is not None:
         if enters.kind != Kind.attention:
-            return _judged(subject, texts, enters, masks=Verdict.against if seen.count else Verdict.ruled_out)
+            unmoved = not seen.count or after > LEFT * leaks[first]
+            return _judged(subject, texts, enters, masks=Verdict.ruled_out if unmoved else Verdict.against)
         with imposed_causal_mask():
             then = texts.entrance(subject)
         if seen.count and then is not None and then.kind != Kind.attention:  # there are two

@@ -29,6 +29,8 @@ CODE = (
 QUERY = re.compile(r"(^|[._])q(uery)?(_proj|_lin)?$")
 KEY = re.compile(r"(^|[._])k(ey)?(_proj|_lin)?$")
 OUT = re.compile(r"(^|[._])(o|out|dense)(_proj|_lin)?$")
+MOST = 24  # kinds of fused weights that are tried
+CAPPED = 0.05  # of the largest: how far a soft cap may bend logits that are otherwise a multiple of the reference's
 EPSILONS = ("eps", "variance_epsilon", "layer_norm_epsilon")
 
 
@@ -74,7 +76,8 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
             return [Finding(likely, Verdict.cured, where), *(Finding(cause, Verdict.against) for cause in others)]
     found: list[Finding] = []
     if changed == []:  # the same weights in every place: the code differs
-        found += [Finding(cause, Verdict.against) for cause in WEIGHTS]
+        found.append(Finding("weights.not_loaded", Verdict.ruled_out))
+        found += [Finding(cause, Verdict.against) for cause in WEIGHTS if cause != "weights.not_loaded"]
     for cause, what, remedies in _remedies(ours, theirs):
         for remedy, context in remedies:
             copied = ours.copy()
@@ -87,6 +90,9 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
                 found.append(Finding(cause, Verdict.cured, where))
                 return found + [Finding(other, Verdict.against) for other in CODE if other != cause]
     if changed == []:
+        if (cut := _cut_otherwise(ours, error, bound)) is not None:
+            rest = (cause for cause in (*WEIGHTS, *CODE) if cause != cut.cause)
+            return [cut, *(Finding(other, Verdict.against) for other in rest)]
         told = (
             substitution.settings(ours, theirs, error, bound)
             or substitution.modules(ours, theirs, error, bound)
@@ -217,6 +223,36 @@ def other_gelu(at: int | None) -> Iterator[list[int]]:
         yield calls
 
 
+def _cut_otherwise(ours: Specimen, error: Callable[[Specimen], float], bound: float) -> Finding | None:
+    """Whether a fused weight is cut into halves where two parts lie in turn, or the other way round."""
+    import torch
+
+    copied = ours.copy()
+    groups: dict[tuple[str, int], list[tuple[str, Tensor, int]]] = {}
+    for name, weight in copied.module.named_parameters():
+        owner = re.sub(r"\d+", "#", name.rpartition(".")[0])
+        for axis, size in enumerate(weight.shape):
+            if size >= 4 and size % 2 == 0 and tuple(weight.shape).count(size) == 1:
+                groups.setdefault((owner, size), []).append((name, weight, axis))
+    fused = [(size, parts) for (_, size), parts in groups.items() if any(weight.dim() > 1 for _, weight, _ in parts)]
+    for size, parts in sorted(fused, key=lambda group: -group[0])[:MOST]:
+        for shape, held in (((2, -1), "halves"), ((-1, 2), "turns")):
+            order = torch.arange(size).view(shape).T.flatten()
+            kept = [weight.detach().clone() for _, weight, _ in parts]
+            with torch.no_grad():
+                for _, place, axis in parts:
+                    place.copy_(place.index_select(axis, order.to(place.device)))
+                after = error(copied)
+                for (_, place, _), before in zip(parts, kept):
+                    place.copy_(before)
+            if after <= bound:
+                name = next(name for name, weight, _ in parts if weight.dim() > 1)
+                lie = f"its {size} entries lie in {held} and are read in {'turns' if held == 'halves' else 'halves'}"
+                where = f"{name}: {lie}; with them moved the logits agree to {after:.2g}"
+                return Finding("weights.sliced_wrong", Verdict.cured, where)
+    return None
+
+
 def _attentions(module: nn.Module) -> list[tuple[nn.Linear, nn.Linear, nn.Linear]]:
     """Query, key and output projections, layer by layer."""
     import torch
@@ -293,8 +329,10 @@ def _by_shape(ours: Specimen, theirs: Specimen, ids: Tensor) -> list[Finding]:
         if float((left - other).abs().max()) <= 1e-5 * size:
             continue
         factor = float((left * other).sum() / other.square().sum())
-        if float((left - factor * other).abs().max()) <= 1e-4 * abs(factor) * size and abs(factor - 1) > 1e-3:
-            cause = "scale.logits" if name == "the logits" else "scale.hidden"
+        logits = name == "the logits"
+        slack, least = (CAPPED, 4 * CAPPED) if logits else (1e-4, 1e-3)
+        if float((left - factor * other).abs().max()) <= slack * abs(factor) * size and abs(factor - 1) > least:
+            cause = "scale.logits" if logits else "scale.hidden"
             found = [Finding(cause, Verdict.seen, f"{name}: {factor:.4g} times the reference's in every place")]
             return found + [Finding(c, Verdict.against) for c in CODE if c != cause]
         added = left - other
