@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lmconform import charts
 from lmconform.cases import Choice, Span
+from lmconform.checks.block_kinds import SUBSET, states
 from lmconform.checks.causality import known_leak
-from lmconform.checks.positions import SUBSET, states
 from lmconform.context import Hint
 from lmconform.registry import register_check
 

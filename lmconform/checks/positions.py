@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Never
 
 from lmconform import structure, tolerance
 from lmconform.cases import Span
+from lmconform.checks.block_influence import damped_copy, damped_influence, influence_of
+from lmconform.checks.block_kinds import one_of_each_kind, stated_window
 from lmconform.checks.first_block import alone, blocks, constant_inputs
-from lmconform.context import Hint, Unavailable
+from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.measuring.attending import may_attend
-from lmconform.measuring.fading import fades
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -25,34 +24,13 @@ LONGEST = 128  # positions looked at where the context is longer
 MOST = 0.9  # of all pairs of positions: what is left is rounding
 TABLE = 2048  # rows of an absolute encoding looked at
 QUERY_STEP = 8
-DAMPED = 0.1
-PER_LAYER = ("layer_types", "layers_block_type", "block_types", "attention_layers", "attn_layers")
-SUBSET = (
-    "index_topk", "indexer_budget", "index_topk_blocks", "compress_rates", "keep_window_size",
-    "lsh_attn_chunk_length",
-)  # fmt: skip
-WINDOWED = ("sliding_attention", "sliding", "local_attention", "local")
-FULL = ("full_attention", "global_attention", "global", "attention")
 
 
-def _stack(subject: Specimen, ctx: Context) -> list[nn.Module]:
+def stack_of(subject: Specimen, ctx: Context) -> list[nn.Module]:
     stack = blocks(subject)
     if isinstance(stack, str):
         leave(ctx, stack)
     return stack
-
-
-def _one_of_each_kind(config: Any, stack: list[nn.Module]) -> list[int]:
-    """The first block of every kind, stated by the config or seen by what a block is made of.
-
-    Some architectures give positions to one kind only, and a convolution has none.
-    """
-    kinds: list[tuple[Any, ...]] = [tuple(type(part) for part in block.modules()) for block in stack]
-    for name in (*PER_LAYER, "no_rope_layers", "layer_rope_theta"):
-        stated = getattr(config, name, None)
-        if isinstance(stated, list | tuple) and len(stated) >= len(stack):
-            kinds = [(*kind, str(value)) for kind, value in zip(kinds, stated, strict=False)]
-    return [kinds.index(kind) for kind in dict.fromkeys(kinds)]
 
 
 def leave(ctx: Context, reason: str) -> Never:
@@ -75,8 +53,8 @@ def check_order_matters(subject: Specimen, ctx: Context) -> None:
     order by itself (Haviv et al. 2022, "Transformer Language Models without Positional Encodings Still Learn
     Positional Information").
     """
-    stack = _stack(subject, ctx)
-    kinds = _one_of_each_kind(subject.config, stack)
+    stack = stack_of(subject, ctx)
+    kinds = one_of_each_kind(subject.config, stack)
     for case in ctx.cases():
         time = subject.longest(case.time)
         base = _unlike_neighbours(subject, ctx, time)
@@ -90,7 +68,7 @@ def check_order_matters(subject: Specimen, ctx: Context) -> None:
                 # attention that looks at one token alone leaves float32 no digits for the others; float64 has them
                 finer, finer_floor, _ = _effect_of_swaps(wide, base, index)
                 blind = [pair for pair in blind if finer[pair] <= finer_floor]
-                if blind and (damped := _damped(wide)) is not None:
+                if blind and (damped := damped_copy(wide)) is not None:
                     finer, finer_floor, _ = _effect_of_swaps(damped[0], base, index)
                     blind = [pair for pair in blind if finer[pair] <= finer_floor]
             everywhere = len(blind) == time - 2
@@ -152,241 +130,6 @@ def _unlike_neighbours(subject: Specimen, ctx: Context, time: int) -> Tensor:
     return torch.tensor(ordinary)[steps.cumsum(-1) % len(ordinary)].to(subject.device)
 
 
-def states(config: Any, name: str) -> bool:
-    return bool(getattr(config, name, None))
-
-
-@register_check(
-    "positions.reach",
-    holds="every earlier token can influence the last logit; a stated window cuts exactly where it says",
-    requires=SOUND,
-)
-def check_reach(subject: Specimen, ctx: Context) -> None:
-    """Each block alone: the gradient of every logit with respect to each earlier input of the block, zero or not.
-
-    A window of w tokens means, as in transformers, the token itself and w - 1 before it. An influence that fades with
-    distance, as that of a recurrence with decay, until the type has no number so small, is no cut. A block without
-    attention may reach the same few tokens from everywhere, as a convolution does, where other blocks reach them all.
-    """
-    stack = _stack(subject, ctx)
-    context = subject.longest(LONGEST)
-    whole = False
-    kernels: list[tuple[int, int, Tensor]] = []
-    tokenwise = _tokenwise(subject, ctx, stack)
-    if tokenwise:
-        ctx.note(f"blocks {', '.join(map(str, tokenwise))} mix no tokens: they are the feed-forward parts of layers")
-    for index in range(min(len(stack), 8)):
-        if index in tokenwise:
-            continue
-        stated = _stated_window(subject, index, len(stack))
-        if isinstance(stated, int) and any(_convolves(part) for part in stack[index].modules()):
-            stated = "reaches past its window by a convolution"
-        if isinstance(stated, str):
-            ctx.note(f"block {index} {stated}")
-            continue
-        short = subject.longest(40 if stated is None else min(stated + 8, LONGEST))
-        influence = _influence(subject, ctx, stack, index, ctx.ids(1, short), range(short))
-        if influence is None:
-            ctx.note(f"block {index}: its input could not be told")
-            continue
-        kernel = _kernel(influence) if stated is None else None
-        if kernel and not may_attend(subject, structure.called(stack[index]), within_a_window=True):
-            ctx.note(f"block {index} has no attention and reaches {kernel} tokens from everywhere")
-            kernels.append((index, short, influence))
-            continue
-        whole = True
-        _check_reach_of(subject, ctx, stack, index, stated, range(short), short, influence)
-        if context > short:
-            far = _influence(subject, ctx, stack, index, ctx.ids(1, context), [context - 1])
-            if far is not None:
-                _check_reach_of(subject, ctx, stack, index, stated, [context - 1], context, far)
-    if whole:
-        return
-    for index, short, influence in kernels:
-        _check_reach_of(subject, ctx, stack, index, None, range(short), short, influence)
-    ctx.not_applicable("; ".join(ctx.notes))
-
-
-def _kernel(influence: Tensor) -> int | None:
-    """How many tokens, itself included, every position feels; None where they differ. [query, position, width]"""
-    import torch
-
-    felt = influence.abs().amax(-1) > 0
-    kernel, time = int(felt[-1].sum()), len(felt)
-    band = torch.ones(time, time, dtype=torch.bool).tril().triu(1 - kernel)
-    return kernel if 1 < kernel < time and torch.equal(felt, band) else None
-
-
-def _tokenwise(subject: Specimen, ctx: Context, stack: list[nn.Module]) -> list[int]:
-    """Blocks that are half a layer, the half without attention: lists (`structure.called`) of one make beside others,
-    none of which lets a token feel another, while those of another make do."""
-    makes = [tuple(type(part) for part in structure.called(block)) for block in stack[:8]]
-    if len(set(makes)) == 1 or any(make == (type(block),) for make, block in zip(makes, stack)):
-        return []
-    ids = ctx.ids(1, subject.longest(6))
-    queries = list(range(ids.shape[1]))
-    mixes: set[tuple[type, ...]] = set()
-    for index, make in enumerate(makes):
-        influence = _influence(subject, ctx, stack, index, ids, queries) if make not in mixes else None
-        if influence is not None and bool((influence.abs().amax(-1).tril(-1) > 0).any()):
-            mixes.add(make)
-    return [index for index, make in enumerate(makes) if make not in mixes] if mixes else []
-
-
-def _check_reach_of(
-    subject: Specimen, ctx: Context, stack: list[nn.Module], index: int, window: int | None, queries: Sequence[int],
-    time: int, influence: Tensor,
-) -> None:  # fmt: skip
-    """`influence` [query, position, width] of block `index`, on `time` tokens, against what it is to reach."""
-    import torch
-
-    ids = ctx.ids(1, time)
-    felt = influence.abs().amax(-1) > 0  # [query, position]
-    query, position = torch.tensor(list(queries))[:, None], torch.arange(time)[None]
-    past = position <= query
-    inside = past if window is None else past & (position > query - window)
-    both: tuple[Tensor, ...] = (influence,)
-    if bool((inside & ~felt).any()):
-        damped = _damped_influence(subject, ctx, index, ids, queries)
-        if damped is not None:
-            felt = felt | (inside & (damped.abs().amax(-1) > 0))
-            both = (damped, influence)
-    if bool((inside & ~felt).any()) and _fades(subject, ctx, index, ids, queries, inside, both):
-        numbers = str(subject.dtype).removeprefix("torch.")
-        ctx.note(f"block {index}: an influence fades from token to token, until {numbers} has no number so small")
-        felt = felt | inside
-    for wrong, what in ((inside & ~felt, "cut"), (past & ~inside & felt, "open")):
-        if not bool(wrong.any()):
-            continue
-        row, place = wrong.nonzero()[0].tolist()
-        at = queries[row]
-        seen = felt[row, : at + 1].nonzero().flatten().tolist()
-        reach = at - min(seen) + 1 if seen else 0
-        where = f"block {index}, position {at} and token {place}"
-        if window is None:
-            ctx.fail(
-                f"a token cannot influence a later logit: position {at} feels {len(seen)} of the {at + 1} tokens up to "
-                f"it, and not token {place}",
-                where=where,
-                hint=Hint(
-                    "attention is cut short: a local mask, a truncated cache or a bucketed bias that ends, or a mask "
-                    "that leaves out whole tokens",
-                    "mask.window",
-                )
-                if may_attend(subject, structure.called(stack[index]))
-                else "the block has no attention: a state that is cleared, overwritten or detached on the way, or a "
-                "convolution or a sum that ends",
-            )
-        ctx.fail(
-            f"the window of {window} tokens that the config states is not what is cut: position {at} feels token "
-            f"{min(seen, default=at)}, {reach} tokens back counting itself"
-            if what == "open"
-            else f"the window of {window} tokens that the config states is cut short: position {at} does not feel "
-            f"token {place}, {at - place + 1} tokens back counting itself",
-            where=where,
-            hint=Hint(
-                "an off-by-one in the window (key > query - window keeps the token itself and window - 1 before it), "
-                "or the layer ignores the window",
-                "mask.window",
-            ),
-        )
-
-
-def _fades(
-    subject: Specimen, ctx: Context, index: int, ids: Tensor, queries: Sequence[int], inside: Tensor,
-    influences: Sequence[Tensor],
-) -> bool:  # fmt: skip
-    """Whether the tokens `inside` [query, position] that are not felt are those whose influence has faded to nothing.
-
-    `influences` [query, position, width], with small weights first, are judged by the numbers of the subject's type.
-    Where there is a float64 copy it must fade there as well: it goes on falling long after float32 has no more numbers.
-    Without one only what small weights say counts: attention that looks at one token alone falls steeply, too.
-    """
-    import torch
-
-    wide = subject.twin()
-    stack = None if wide is None else blocks(wide)
-    told = influences if wide is not None else influences[:1]
-    if not any(fades(each.abs().amax(-1), queries, inside, subject.dtype) for each in told):
-        return False
-    if wide is None or stack is None or isinstance(stack, str):
-        return True
-    finer = _damped_influence(wide, ctx, index, ids, queries)
-    finer = _influence(wide, ctx, stack, index, ids, queries) if finer is None else finer
-    return finer is not None and fades(finer.abs().amax(-1), queries, inside, torch.float64)
-
-
-def _stated_window(subject: Specimen, index: int, layers: int) -> int | str | None:
-    """What the config states for this block: a window, None for all earlier tokens, or why it cannot be told."""
-    config = subject.config
-    for name in SUBSET:
-        if states(config, name):
-            return f"attends to a chosen part of the tokens ({name})"
-    for name in PER_LAYER:
-        kinds = getattr(config, name, None)
-        if isinstance(kinds, list | tuple) and len(kinds) >= layers and all(isinstance(k, str) for k in kinds):
-            kind = str(kinds[index])
-            if kind in WINDOWED:
-                return subject.window or f"is of kind {kind!r}, and no window is stated"
-            if kind in FULL:
-                return None
-            return f"is of kind {kind!r}, which states no reach"
-    return subject.window
-
-
-def _convolves(part: nn.Module) -> bool:
-    name = type(part).__name__
-    return "conv" in name.lower() and name != "Conv1D"  # transformers' Conv1D is a linear layer
-
-
-def _influence(
-    subject: Specimen, ctx: Context, stack: list[nn.Module], index: int, ids: Tensor, queries: Sequence[int]
-) -> Tensor | None:
-    """d (a random mix of the logits at each query) / d (block `index`'s input), that block alone: [query, time, width].
-
-    One row a query, so that one backward pass gives them all. None where the block's input cannot be told.
-    """
-    import torch
-
-    rows, time = torch.arange(len(queries)), ids.shape[1]
-    asked = len(queries) + (len(queries) == time)  # unlike time, so that [batch, time] and [time, batch] can be told
-    with alone(stack, index) as inputs:
-        logits = subject.logits(ids.expand(asked, -1).contiguous(), grad=True)
-    if len(inputs) != 1 or inputs[0].shape[:2] not in ((asked, time), (time, asked)):
-        return None
-    mix = torch.randn(logits.shape[-1], generator=ctx.generator(index)).to(logits)
-    total = (logits[rows, list(queries)] @ mix).sum()
-    if not total.requires_grad:
-        return None
-    (gradient,) = torch.autograd.grad(total, inputs, allow_unused=True)
-    if gradient is None:
-        return None
-    with torch._C.DisableTorchFunctionSubclass():  # a subclass may know nothing of what is done with it from here on
-        if gradient.shape[0] == time:  # blocks that take the sequence first
-            gradient = gradient.transpose(0, 1)
-        return gradient[: len(queries)].detach().flatten(2).double().cpu()
-
-
-def _damped(subject: Specimen) -> tuple[Specimen, list[nn.Module]] | None:
-    """A copy with small weights, and its blocks: scores near 0, so that no softmax gives a token exactly nothing.
-
-    What a mask hides stays hidden. None where there is no room for a copy.
-    """
-    try:
-        copied = subject.scaled(DAMPED)
-        stack = blocks(copied)
-    except Unavailable:
-        return None
-    return None if isinstance(stack, str) else (copied, stack)
-
-
-def _damped_influence(
-    subject: Specimen, ctx: Context, index: int, ids: Tensor, queries: Sequence[int]
-) -> Tensor | None:
-    damped = _damped(subject)
-    return None if damped is None else _influence(damped[0], ctx, damped[1], index, ids, queries)
-
-
 @register_check(
     "positions.distinct",
     holds="no two positions in the stated context are treated alike, to the end of it",
@@ -400,7 +143,7 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
     """
     import torch
 
-    stack = _stack(subject, ctx)
+    stack = stack_of(subject, ctx)
     length = subject.longest(TABLE)
     received = constant_inputs(subject, subject.longest(LONGEST))
     if received is None:
@@ -412,19 +155,19 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
         if alike:
             _fail_alike(ctx, length, alike, "what the first block receives is the same")
         return
-    kinds = _one_of_each_kind(subject.config, stack)
+    kinds = one_of_each_kind(subject.config, stack)
     length = subject.longest(LONGEST)
     ids = subject.probe_ids(1, 1).expand(1, length)
     blind: list[tuple[int, int]] = []
     reasons: list[str] = []
     for index in kinds:
-        stated = _stated_window(subject, index, len(stack))
+        stated = stated_window(subject, index, len(stack))
         if isinstance(stated, str):
             reasons.append(f"block {index} {stated}")
             continue
         step = QUERY_STEP if stated is None else max(1, min(QUERY_STEP, stated - 1))
         queries = list(range(length - 1, 0, -step))
-        influence = _influence(subject, ctx, stack, index, ids, queries)
+        influence = influence_of(subject, ctx, stack, index, ids, queries)
         if influence is None:
             reasons.append(f"the input of block {index} takes no gradient")
             continue
@@ -432,7 +175,7 @@ def check_distinct(subject: Specimen, ctx: Context) -> None:
         if len(kinds) > 1 and not bool((influence.abs().amax(-1)[earlier] > 0).any()):
             continue  # the feed-forward part of a layer
         alike = _alike(influence, torch.tensor(queries))
-        if alike and (influence := _damped_influence(subject, ctx, index, ids, queries)) is not None:
+        if alike and (influence := damped_influence(subject, ctx, index, ids, queries)) is not None:
             alike = [pair for pair in _alike(influence, torch.tensor(queries)) if pair in set(alike)]
         if not alike:
             return

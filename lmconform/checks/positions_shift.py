@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import tolerance
 from lmconform.cases import Choice, Span
+from lmconform.checks.block_kinds import states
 from lmconform.checks.first_block import block_input
-from lmconform.checks.positions import LONGEST, SOUND, leave, states
+from lmconform.checks.positions import LONGEST, SOUND, leave
 from lmconform.context import Hint
 from lmconform.copies import convert
 from lmconform.registry import register_check
