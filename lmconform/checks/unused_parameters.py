@@ -56,7 +56,7 @@ def reached_by_loss(subject: Specimen, ids: Tensor) -> frozenset[str]:
     """Names of the parameters to which the model's own loss of `ids`, in train mode, gives a gradient other than 0.
 
     A head for further tokens, or a router that only a balancing loss teaches, is used in training alone. Empty where no
-    labels are taken.
+    labels are taken, or the loss raises: that is for the family loss to say.
     """
     import torch
 
@@ -65,7 +65,10 @@ def reached_by_loss(subject: Specimen, ids: Tensor) -> frozenset[str]:
     parameters = {name: p for name, p in subject.module.named_parameters() if p.requires_grad}
     torch.manual_seed(subject.seed)
     with buffers_kept(subject.module):
-        loss = subject.forward(ids, labels=ids, use_cache=False, train=True, grad=True).loss
+        try:
+            loss = subject.forward(ids, labels=ids, use_cache=False, train=True, grad=True).loss
+        except Exception:
+            return frozenset()
         if loss is None or not loss.requires_grad:
             return frozenset()
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -124,8 +124,14 @@ def test_what_the_loss_alone_reaches_is_used() -> None:
     assert "the model's own loss in train mode reaches beside the logits: further_norm.weight" in result.message
 
 
-def test_what_no_loss_reaches_is_unused() -> None:
-    result = result_of(NeverTaught, "gradients.reach")
+class LossThatRaises(FurtherToken):
+    def further_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        raise ValueError("no loss can be had")
+
+
+@pytest.mark.parametrize("made", [NeverTaught, LossThatRaises])
+def test_what_no_loss_reaches_is_unused(made: Build) -> None:
+    result = result_of(made, "gradients.reach")
     assert result.status == "failed"
     assert "forward() never uses it" in result.message
     assert result.where.startswith("further")
