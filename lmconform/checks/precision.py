@@ -33,8 +33,8 @@ NORM_PEAK = 600.0  # an activation that float16 holds and whose square it does n
 OVERFLOWS = ("without overflow", "cannot be converted to type")
 
 HARD_CODED = Hint(
-    "a type is written into the code (.float(), dtype=torch.float32, torch.float32 tables): cast what was computed in "
-    "float32 back to the input's type, .to(x.dtype)",
+    "a type is written into the code (.float(), dtype=torch.float32, torch.float32 tables), or an operation takes no "
+    "half types (torch.fft): compute it in float32 and cast the result back to the input's type, .to(x.dtype)",
     "dtype.hard_coded",
 )
 MASK_CONSTANT = Hint(
