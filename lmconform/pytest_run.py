@@ -41,14 +41,6 @@ def begin(config: pytest.Config) -> None:
     except BAD_USAGE as error:
         raise pytest.UsageError(f"lmconform: {error}") from error
     config.pluginmanager.register(run, "lmconform-run")
-    _steal_work(config)
-
-
-def _steal_work(config: pytest.Config) -> None:
-    """`-n` and no word of how to distribute: xdist's workers steal, so that most subjects are built by one of them."""
-    named = config.known_args_namespace
-    if getattr(named, "numprocesses", None) and named.dist == "no" and not named.distload:
-        config.option.dist = "worksteal"
 
 
 def _options(config: pytest.Config) -> Options:
@@ -86,6 +78,16 @@ class Conformance:
         self.snapshots = _snapshot_files(config.getoption("lm_snapshot"), self.specs)
         self.results: dict[str, dict[str, Any]] = {}
 
+    @pytest.hookimpl(optionalhook=True, trylast=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> object:
+        """One worker a subject, where neither the command line nor the project says how to distribute."""
+        from lmconform.workers import SubjectScheduling, none_chosen
+
+        if not none_chosen(config):
+            return None
+        config.option.loadscopereorder = False  # the order is that of the workers' collection
+        return SubjectScheduling(config, log)
+
     def pytest_report_header(self) -> str:
         options = self.options
         return (
@@ -109,14 +111,15 @@ class Conformance:
         items.extend(made)
 
     def _order_for_workers(self, item: pytest.Item) -> tuple[int, int]:
-        """Subject by subject, in each its contract first and then those checks that share a training run.
+        """Subject by subject, in each what takes longest first: the checks that share a training run.
 
-        What other workers steal is the end of the list: half of a subject's training would train it twice.
+        `--dist worksteal` steals the end of the list, too: half of a subject's training would train it twice.
         """
+        from lmconform.workers import SHARE_A_RUN
+
         if not isinstance(item, ConformanceItem):
             return len(self.handles), 0
-        early = {"contract": 0, "training": 1, "collapse": 1}
-        return self.handles.index(item.handle), early.get(item.check.family, 2)
+        return self.handles.index(item.handle), item.check.family not in SHARE_A_RUN
 
     def pytest_unconfigure(self) -> None:
         atexit.register(gc.freeze)  # or the interpreter's last collections walk all that torch leaves: a second

@@ -49,58 +49,6 @@ def test_last_failed_runs_the_finding_alone(project: pytest.Pytester) -> None:
     project.runpytest("--lm", "own_models:Broken", *CHEAP, "--lf").assert_outcomes(failed=1)
 
 
-def test_workers_give_the_same_verdicts_and_one_ledger(project: pytest.Pytester) -> None:
-    result = project.runpytest_subprocess("--lm", "own_models:Sound", "--lm", "own_models:Broken", *CHEAP, "-n", "2")
-    result.assert_outcomes(passed=3, failed=1)
-    result.stdout.fnmatch_lines_random(["Sound conforms: 2 passed", "Broken does not conform: 1 passed, 1 failed"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "scheduler"),
-    [
-        ((), "WorkStealingScheduling"),
-        (("--dist", "load"), "LoadScheduling"),
-        (("-d",), "LoadScheduling"),
-        (("--dist", "loadgroup"), "LoadGroupScheduling"),
-    ],
-    ids=["by-default", "load", "short-for-load", "loadgroup"],
-)
-def test_workers_steal_unless_told_otherwise(
-    project: pytest.Pytester, arguments: tuple[str, ...], scheduler: str
-) -> None:
-    result = project.runpytest_subprocess("--lm", "own_models:Sound", *CHEAP, "-n", "2", "-v", *arguments)
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines([f"scheduling tests via {scheduler}"])
-
-
-def test_a_projects_own_scheduler_stands(project: pytest.Pytester) -> None:
-    project.makeconftest(
-        """
-        from xdist.scheduler import LoadFileScheduling
-
-        def pytest_xdist_make_scheduler(config, log):
-            return LoadFileScheduling(config, log)
-        """
-    )
-    result = project.runpytest_subprocess("--lm", "own_models:Sound", *CHEAP, "-n", "2", "-v")
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["scheduling tests via LoadFileScheduling"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "first"),
-    [((), "training.optimizer"), (("--lm-time-budget", "60"), "batching.permutation")],
-    ids=["shared-work-first", "cheapest-first-within-a-budget"],
-)
-def test_workers_order(project: pytest.Pytester, arguments: tuple[str, ...], first: str) -> None:
-    selected = ("--lm-select", "batching.permutation", "--lm-select", "training.optimizer")
-    subjects = ("--lm", "own_models:Sound", "--lm", "own_models:Broken")
-    result = project.runpytest_subprocess(*subjects, *selected, "-n", "1", "-v", *arguments)
-    order = [line.split()[-1] for line in result.outlines if line.startswith("[gw0] [")]
-    second = ({"batching.permutation", "training.optimizer"} - {first}).pop()
-    assert order == [f"lm::{name}-{check}" for name in ("Sound", "Broken") for check in (first, second)]
-
-
 def test_junit_holds_the_figures(project: pytest.Pytester) -> None:
     project.runpytest("--lm", "own_models:Broken", *CHEAP, "--junitxml", "out.xml")
     text = (project.path / "out.xml").read_text()
