@@ -26,6 +26,7 @@ FAMILIES = (
     "init", "scale", "parity", "persistence", "placement", "precision", "training", "collapse", "tokenizer", "config",
     "distributed", "peft",
 )  # fmt: skip
+COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")  # what such a check requires
 CAPABILITIES = {
     "mask": "attention_mask",
     "pos": "position_ids",

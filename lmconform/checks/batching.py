@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 from lmconform.cases import Choice, Span
 from lmconform.context import Hint
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lmconform.context import Context
     from lmconform.specimen import Specimen
-
-COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")
 
 
 def ragged(ids: Tensor, side: str) -> Tensor | None:

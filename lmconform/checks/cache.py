@@ -11,7 +11,7 @@ from lmconform.cases import Choice, Span
 from lmconform.checks.causality import known_leak
 from lmconform.checks.padding import mask_for
 from lmconform.context import Hint
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-COMPARED = ("contract.shape", "contract.finite", "contract.repeatable")
 MASKS = Choice("none", "ones")  # no attention_mask at all, or ones over past and new tokens: two branches of a model
 
 
@@ -27,7 +26,7 @@ MASKS = Choice("none", "ones")  # no attention_mask at all, or ones over past an
     "cache.decode",
     holds="token-by-token equals one forward, at every split, across window edges",
     needs=("cache",),
-    requires=COMPARED,
+    requires=COMPARES_LOGITS,
     profile="smoke",
     space={"prefill": Span(0, 126), "steps": Span(1, 127), "mask": MASKS},
     grid=(
@@ -55,7 +54,7 @@ def check_decode(subject: Specimen, ctx: Context) -> None:
     "cache.decode_long",
     holds="token-by-token equals one forward from the first token to the end of the context",
     needs=("cache",),
-    requires=COMPARED,
+    requires=COMPARES_LOGITS,
     profile="thorough",
     space={"time": Span(2, 128), "mask": MASKS},
     grid=({"time": 128, "mask": "none"}, {"time": 128, "mask": "ones"}),
@@ -71,7 +70,7 @@ def check_decode_long(subject: Specimen, ctx: Context) -> None:
     "cache.chunks",
     holds="any chunking (1, 2, k, ragged) equals one forward",
     needs=("cache",),
-    requires=COMPARED,
+    requires=COMPARES_LOGITS,
     space={"time": Span(2, 128), "chunk": Choice(1, 2, 3, 7, 16, 17, "ragged"), "seed": Span(0, 99), "mask": MASKS},
     grid=(
         {"time": 12, "chunk": 1, "seed": 0, "mask": "none"},
@@ -97,7 +96,7 @@ def check_chunks(subject: Specimen, ctx: Context) -> None:
     "cache.reuse",
     holds="copies of one prefix cache are independent and give the same twice; a tuple cache itself can be used twice",
     needs=("cache",),
-    requires=(*COMPARED, "cache.decode"),
+    requires=(*COMPARES_LOGITS, "cache.decode"),
     space={"time": Span(1, 64), "steps": Span(2, 16)},
     grid=({"time": 5, "steps": 3}, {"time": 21, "steps": 2}),
 )
@@ -151,7 +150,7 @@ def check_reuse(subject: Specimen, ctx: Context) -> None:
     "cache.reorder",
     holds="beams: reordering the cache equals recomputing",
     needs=("cache",),
-    requires=(*COMPARED, "cache.decode"),
+    requires=(*COMPARES_LOGITS, "cache.decode"),
     space={"beams": Span(2, 5), "time": Span(1, 40), "steps": Span(1, 4), "seed": Span(0, 99)},
     grid=(
         {"beams": 2, "time": 4, "steps": 1, "seed": 0},

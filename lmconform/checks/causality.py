@@ -11,7 +11,7 @@ from lmconform.cases import Choice, Span
 from lmconform.checks.padding import mask_for
 from lmconform.context import Hint
 from lmconform.measuring.dropout import without_dropout
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")
 SLACK = 3  # padding columns in the padded variants
 OVERFLOWS = "not tried with weights x{}: the logits are not finite there"
 AXES = ("tokens changed after position", "seen at position")

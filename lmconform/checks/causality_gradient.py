@@ -10,7 +10,7 @@ from lmconform.cases import Choice, Span
 from lmconform.checks.block_kinds import SUBSET, states
 from lmconform.checks.causality import known_leak
 from lmconform.context import Hint
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "causality.gradient",
     holds="d logits[t] / d embedding[s] is exactly 0 for s > t, and not 0 for s <= t inside the receptive field",
     needs=("embeds",),
-    requires=("contract.shape", "contract.finite", "contract.repeatable"),
+    requires=COMPARES_LOGITS,
     space={"time": Span(1, 70), "mask": Choice("none", "ones")},
     grid=({"time": 36, "mask": "none"}, {"time": 20, "mask": "ones"}),
 )

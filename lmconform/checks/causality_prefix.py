@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from lmconform import tolerance
 from lmconform.cases import Choice, Span
-from lmconform.checks.causality import COMPARES_LOGITS
 from lmconform.checks.positions_shift import BY_LENGTH, frequency_kinds
 from lmconform.context import Hint
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from lmconform import tolerance
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.copies import cast
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 from lmconform.specimen import Specimen
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Knob:
     holds="each config field moves the axis it belongs to (logits, train mode, loss, cache, metadata)",
     needs=("config",),
     severity="warning",
-    requires=("contract.shape", "contract.finite", "contract.repeatable"),
+    requires=COMPARES_LOGITS,
 )
 def check_knobs(subject: Specimen, ctx: Context) -> None:
     """The model built again from a config in which one field differs, with the same weights where shapes allow.

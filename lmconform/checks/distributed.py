@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import tolerance
 from lmconform.context import Hint
 from lmconform.measuring.ranks import measure_together
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,14 +15,12 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-REQUIRES = ("contract.shape", "contract.finite", "contract.repeatable")
-
 
 @register_check(
     "distributed.ddp",
     holds="two ranks give one rank's gradients under DistributedDataParallel; replicas stay equal; uneven labels too",
     needs=("processes",),
-    requires=REQUIRES,
+    requires=COMPARES_LOGITS,
     profile="thorough",
 )
 def check_ddp(subject: Specimen, ctx: Context) -> None:
@@ -50,7 +48,7 @@ def check_ddp(subject: Specimen, ctx: Context) -> None:
     holds="two ranks give one rank's gradients under FSDP2 (fully_shard); the gathered weights are one process's; "
     "uneven labels too",
     needs=("processes",),
-    requires=REQUIRES,
+    requires=COMPARES_LOGITS,
     profile="thorough",
 )
 def check_fsdp(subject: Specimen, ctx: Context) -> None:

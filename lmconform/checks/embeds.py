@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lmconform.cases import Choice, Span
 from lmconform.checks.padding import mask_for
 from lmconform.context import Hint
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from lmconform.context import Context
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     "embeds.equal",
     holds="inputs_embeds equals input_ids, for time 1 and up, cached too",
     needs=("embeds",),
-    requires=("contract.shape", "contract.finite", "contract.repeatable"),
+    requires=COMPARES_LOGITS,
     profile="smoke",
     space={"batch": Span(1, 3), "time": Span(1, 64), "past": Span(0, 64), "mask": Choice("none", "ones", "padded")},
     grid=(

@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
-from lmconform.checks.gradients import REQUIRES, projected_gradients, projection
+from lmconform.checks.gradients import projected_gradients, projection
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.measuring.dropout import without_dropout
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +28,7 @@ BLUNT = 0.05  # one less sure than this decides nothing
 @register_check(
     "gradients.correct",
     holds="directional derivative equals finite differences in float64, per parameter group",
-    requires=REQUIRES,
+    requires=COMPARES_LOGITS,
 )
 def check_correct(subject: Specimen, ctx: Context) -> None:
     """Central differences with Richardson's extrapolation, per block, in a float64 copy.

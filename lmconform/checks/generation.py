@@ -11,7 +11,7 @@ from lmconform.context import Hint, Violation
 from lmconform.conventions import first_line
 from lmconform.measuring.encoding import Encoder
 from lmconform.measuring.generating import Generator, pad_for
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-COMPARED = ("contract.shape", "contract.finite", "contract.repeatable")
 OPENINGS = (
     "Once upon a time there was a little", "The cat sat on the", "one day she", "It is a big red", "they went home and",
     "he said", "A bird found the old", "yes",
 )  # fmt: skip
-CACHED = (*COMPARED, "cache.decode")  # what forward() does wrong with a cache, generate() repeats
+CACHED = (*COMPARES_LOGITS, "cache.decode")  # what forward() does wrong with a cache, generate() repeats
 
 
 @register_check(
@@ -162,7 +161,7 @@ def check_non_empty(subject: Specimen, ctx: Context) -> None:
     holds="EOS, max_new_tokens and stop strings end it; nothing after EOS but padding",
     needs=("gen",),
     profile="smoke",
-    requires=("contract.shape", "contract.finite", "contract.repeatable"),
+    requires=COMPARES_LOGITS,
     space={
         "kind": Choice("max_new_tokens", "eos", "eos_list", "stop_strings"),
         "rows": Span(1, 4), "new": Span(1, 10), "at": Span(0, 6),
@@ -213,7 +212,7 @@ def check_stops(subject: Specimen, ctx: Context) -> None:
     "generation.no_mask",
     holds="works when no attention_mask is passed; forward's signature shows what generate() looks for",
     needs=("gen",),
-    requires=COMPARED,
+    requires=COMPARES_LOGITS,
     space={"rows": Span(1, 3), "time": Span(1, 12), "pads": Span(0, 4)},
     grid=({"rows": 2, "time": 5, "pads": 0}, {"rows": 2, "time": 6, "pads": 3}),
 )

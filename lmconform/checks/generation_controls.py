@@ -11,7 +11,7 @@ from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.measuring.generate_calls import calls_recorded
 from lmconform.measuring.generating import Generator
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ ROWS, TIME = 6, 7
     holds="temperature, top-k, top-p, min-p, repetition penalty, no_repeat_ngram and beams do what they say, in the "
     "right direction",
     needs=("gen",),
-    requires=("contract.shape", "contract.finite", "contract.repeatable", "generation.greedy"),
+    requires=(*COMPARES_LOGITS, "generation.greedy"),
     space={"kind": Choice(*KINDS), "level": Span(0, 2), "new": Span(1, 6)},
     grid=(
         {"kind": "temperature", "level": 0, "new": 2},

@@ -12,7 +12,7 @@ from lmconform.context import Hint
 from lmconform.excitation import excite
 from lmconform.measuring.buffers import buffers_kept
 from lmconform.measuring.dropout import without_dropout
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-REQUIRES = ("contract.shape", "contract.finite", "contract.repeatable")
 CHOOSES = 3.0  # times the excited matrices: routers that are sure
 FORBIDS = 100.0  # an entry this large beside a router's scores is a mask
 RETRIES = 3  # other random weights under which a parameter may be reached after all
@@ -30,7 +29,7 @@ RETRIES = 3  # other random weights under which a parameter may be reached after
     "gradients.reach",
     holds="every trainable parameter gets a finite gradient above noise, or is shown to be invariant or unused for a "
     "declared reason; what is frozen stays",
-    requires=REQUIRES,
+    requires=COMPARES_LOGITS,
     profile="smoke",
 )
 def check_reach(subject: Specimen, ctx: Context) -> None:
@@ -81,7 +80,7 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     "gradients.checkpointing",
     holds="gradient checkpointing gives the same values",
     needs=("ckpt",),
-    requires=REQUIRES,
+    requires=COMPARES_LOGITS,
     space={"reentrant": Choice(False, True), "cache": Choice("off", "default")},
     grid=({"reentrant": False, "cache": "off"}, {"reentrant": True, "cache": "default"}),
 )

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lmconform import charts, structure
-from lmconform.checks.gradients import REQUIRES
 from lmconform.context import Hint
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +25,7 @@ OPENING_RMS = 0.02  # what a parameter that starts at 0 is moved by: the size of
 @register_check(
     "gradients.magnitude",
     holds="norms per layer neither vanish (1e-6) nor explode; ratio first to last layer bounded",
-    requires=REQUIRES,
+    requires=COMPARES_LOGITS,
 )
 def check_magnitude(subject: Specimen, ctx: Context) -> None:
     """Gradient of the cross-entropy against random labels, by block, on weights as the builder leaves them.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform import structure, tolerance
 from lmconform.cases import Choice, Span
 from lmconform.context import Hint
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-COMPARES_LOGITS = ("contract.shape", "contract.finite", "contract.repeatable")
 OF_NEW_TOKENS = ("cache_params", "state", "mems")  # no mask reaches a recurrent state or XLNet's memories any more
 FILL = Choice("pad", "random")
 

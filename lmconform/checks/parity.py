@@ -12,7 +12,7 @@ from lmconform.context import Hint, Unavailable
 from lmconform.measuring import traces
 from lmconform.measuring.first_difference import both_streams, first_module, stream_noise
 from lmconform.measuring.pairing import pair_parameters
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 from lmconform.specimen import random_ids
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
 BAND = 1.1  # per-layer RMS may differ by this factor, either way
 
 
@@ -64,7 +63,7 @@ def columns_of(ctx: Context, ours: Specimen, theirs: Specimen) -> int:
     "parity.logits",
     holds="logits equal the reference's within the dtype's tolerance",
     needs=("ref",),
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
     profile="smoke",
 )
 def check_logits(subject: Specimen, ctx: Context) -> None:
@@ -129,7 +128,7 @@ def _reading(mine: Tensor, expected: Tensor, bound: float) -> Hint:
     "parity.hidden",
     holds="hidden states equal the reference's at every layer; the first module that differs is named",
     needs=("ref",),
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
 )
 def check_hidden(subject: Specimen, ctx: Context) -> None:
     """The residual stream before the first block, after each, and the logits, in this order.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmconform import tolerance
-from lmconform.checks.parity import COMPARING, both, columns_of, shared_ids
+from lmconform.checks.parity import both, columns_of, shared_ids
 from lmconform.context import Hint
 from lmconform.measuring.pairing import Pair, pair_parameters
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "parity.gradients",
     holds="gradients equal the reference's within the dtype's tolerance",
     needs=("ref",),
-    requires=(*COMPARING, "parity.logits"),
+    requires=(*COMPARES_LOGITS, "parity.logits"),
 )
 def check_gradients(subject: Specimen, ctx: Context) -> None:
     """Gradients of one cross-entropy, computed outside the models, at every weight that was found in both.

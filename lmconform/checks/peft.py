@@ -9,7 +9,7 @@ from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.measuring import adapters
 from lmconform.measuring.saving import quiet_transformers
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-REQUIRES = ("contract.shape", "contract.finite", "contract.repeatable")
 ANOTHER_PATH = Hint(
     "the model reads that layer's weight instead of calling the layer (F.linear(x, self.q.weight), a weight fused or "
     "cached beforehand, a kernel that is given the weights): an adapter wraps the call",
@@ -30,7 +29,7 @@ ANOTHER_PATH = Hint(
     "peft.inert",
     holds="a LoRA adapter starts as the identity, every adapted layer reaches the logits, and only the adapter trains",
     needs=("peft",),
-    requires=REQUIRES,
+    requires=COMPARES_LOGITS,
     profile="thorough",
 )
 def check_inert(subject: Specimen, ctx: Context) -> None:
@@ -93,7 +92,7 @@ def _gone(layer: torch.nn.Module) -> bool:
     "peft.merge",
     holds="a LoRA adapter with weights in it merges to equal logits, comes off again, and survives save and load",
     needs=("peft",),
-    requires=REQUIRES,
+    requires=COMPARES_LOGITS,
     profile="thorough",
 )
 def check_merge(subject: Specimen, ctx: Context) -> None:

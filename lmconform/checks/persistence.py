@@ -29,7 +29,7 @@ from lmconform.measuring.saving import (
     through_pretrained,
     through_state_dict,
 )
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,14 +42,13 @@ DRAWING = (
     "orthogonal_", "bernoulli_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_",
 )  # fmt: skip
 BATCHES = 16  # in train mode, to see what buffers learn
-COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
 
 
 @register_check(
     "persistence.round_trip",
     holds="save, fresh process, load: equal bits; key sets exact; buffers included; safetensors",
     needs=("save",),
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
 )
 def check_round_trip(subject: Specimen, ctx: Context) -> None:
     """Saved and loaded into a model that was built anew under another seed; thorough: in a fresh process too.
@@ -214,7 +213,7 @@ def _check_resize(subject: Specimen, ctx: Context, groups: list[list[str]], rema
     holds="meta-device construction plus load leaves nothing uninitialised",
     needs=("save",),
     profile="smoke",
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
 )
 def check_meta(subject: Specimen, ctx: Context) -> None:
     """Memory that nobody writes is filled with NaN, so that what stays uninitialised shows.
@@ -327,7 +326,7 @@ def _nothing_drawn() -> Iterator[None]:
 @register_check(
     "persistence.copy",
     holds="deepcopy and pickling keep behaviour",
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
     profile="smoke",
 )
 def check_copy(subject: Specimen, ctx: Context) -> None:

@@ -14,7 +14,7 @@ from lmconform.conventions import first_line
 from lmconform.copies import cast, give_weights
 from lmconform.measuring.exercises import Course, Run, exercised, exercises, forward, probe, sound_here
 from lmconform.measuring.traces import Call, recorded
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 from lmconform.specimen import Specimen
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lmconform.simulated import Origin, PlacementError, Stray
 
 MOVED = "forward, moved after a first one"
-COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
 
 UNREGISTERED = Hint(
     "a plain attribute that holds a tensor is seen neither by .to(device) nor by state_dict(): assign it with "
@@ -121,7 +120,7 @@ def real_devices() -> list[torch.device]:
     "placement.moves",
     holds="after .to(device) every tensor used is there: on the simulated accelerator, and on cuda/mps where there is "
     "one",
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
 )
 def check_moves(subject: Specimen, ctx: Context) -> None:
     """Forward, padded, with a cache, backward and generate() on the second of two simulated CUDA devices, and really.
@@ -212,7 +211,7 @@ def _left(stray: Stray, origin: Origin | None) -> Hint:
 @register_check(
     "placement.parity",
     holds="logits on the device equal the CPU's within tolerance",
-    requires=(*COMPARING, "placement.moves"),
+    requires=(*COMPARES_LOGITS, "placement.moves"),
 )
 def check_parity(subject: Specimen, ctx: Context) -> None:
     """The same exercises by value. A simulated device computes what the CPU does unless the model asks which it is."""
@@ -279,7 +278,7 @@ def _first_that_differs(subject: Specimen, ctx: Context, course: Course, task: s
 @register_check(
     "placement.default_device",
     holds="built and run under another default device",
-    requires=(*COMPARING, "placement.moves"),
+    requires=(*COMPARES_LOGITS, "placement.moves"),
 )
 def check_default_device(subject: Specimen, ctx: Context) -> None:
     """torch.set_default_device("cuda"): the model as it is, on the CPU, and one that is built there.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.measuring.exercises import TIME, padded
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ BAKED = Hint(
 @register_check(
     "placement.compile",
     holds="torch.compile and torch.export give equal logits (graph breaks listed)",
-    requires=("contract.shape", "contract.finite", "contract.repeatable"),
+    requires=COMPARES_LOGITS,
     profile="thorough",
 )
 def check_compile(subject: Specimen, ctx: Context) -> None:

@@ -11,7 +11,7 @@ from lmconform.checks.block_kinds import one_of_each_kind, stated_window
 from lmconform.checks.first_block import alone, blocks, constant_inputs
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-SOUND = ("contract.shape", "contract.finite", "contract.repeatable")
 LONGEST = 128  # positions looked at where the context is longer
 MOST = 0.9  # of all pairs of positions: what is left is rounding
 TABLE = 2048  # rows of an absolute encoding looked at
@@ -42,7 +41,7 @@ def leave(ctx: Context, reason: str) -> Never:
     "positions.order_matters",
     holds="swapping two earlier tokens changes later logits with the first block alone",
     profile="smoke",
-    requires=SOUND,
+    requires=COMPARES_LOGITS,
     space={"time": Span(6, 40)},
     grid=({"time": 16},),
 )
@@ -133,7 +132,7 @@ def _unlike_neighbours(subject: Specimen, ctx: Context, time: int) -> Tensor:
 @register_check(
     "positions.distinct",
     holds="no two positions in the stated context are treated alike, to the end of it",
-    requires=SOUND,
+    requires=COMPARES_LOGITS,
 )
 def check_distinct(subject: Specimen, ctx: Context) -> None:
     """One token over and over: whatever differs between two places is the position encoding.
@@ -270,7 +269,7 @@ def _fail_alike(ctx: Context, length: int, alike: list[tuple[int, int]], evidenc
     holds="explicit 0..T-1 equals the default, at every length up to the context",
     needs=("pos",),
     profile="smoke",
-    requires=SOUND,
+    requires=COMPARES_LOGITS,
     space={"time": Span(1, LONGEST)},
     grid=tuple({"time": time} for time in (1, 2, 9, 33, 65, LONGEST)),
 )

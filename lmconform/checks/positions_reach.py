@@ -9,11 +9,11 @@ from lmconform import structure
 from lmconform.checks.block_influence import damped_influence, influence_of
 from lmconform.checks.block_kinds import stated_window
 from lmconform.checks.first_block import blocks
-from lmconform.checks.positions import LONGEST, SOUND, stack_of
+from lmconform.checks.positions import LONGEST, stack_of
 from lmconform.context import Hint
 from lmconform.measuring.attending import may_attend
 from lmconform.measuring.fading import fades
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @register_check(
     "positions.reach",
     holds="every earlier token can influence the last logit; a stated window cuts exactly where it says",
-    requires=SOUND,
+    requires=COMPARES_LOGITS,
 )
 def check_reach(subject: Specimen, ctx: Context) -> None:
     """Each block alone: the gradient of every logit with respect to each earlier input of the block, zero or not.

@@ -8,10 +8,10 @@ from lmconform import tolerance
 from lmconform.cases import Choice, Span
 from lmconform.checks.block_kinds import states
 from lmconform.checks.first_block import block_input
-from lmconform.checks.positions import LONGEST, SOUND, leave
+from lmconform.checks.positions import LONGEST, leave
 from lmconform.context import Hint
 from lmconform.copies import convert
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ BY_POSITION = (
     "positions.shift",
     holds="where relative: adding a constant to position_ids leaves logits alone",
     needs=("pos",),
-    requires=SOUND,
+    requires=COMPARES_LOGITS,
     space={"by": Choice("one", "some", "end"), "time": Span(2, 40)},
     grid=({"by": "one", "time": 24}, {"by": "some", "time": 24}, {"by": "end", "time": 24}),
 )
@@ -124,7 +124,7 @@ def frequency_kinds(config: Any) -> tuple[set[str], int | None]:
     holds=f"the encoding keeps its precision in half types far out (position {FAR} against float64)",
     needs=("pos",),
     profile="smoke",
-    requires=SOUND,
+    requires=COMPARES_LOGITS,
     space={"dtype": Choice("bfloat16", "float16")},
     grid=({"dtype": "bfloat16"}, {"dtype": "float16"}),
 )

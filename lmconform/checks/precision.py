@@ -13,7 +13,7 @@ from lmconform.conventions import first_line
 from lmconform.measuring.exercises import padded
 from lmconform.measuring.rounding import SAMPLES, Choices, Trace, in_type, kept_in_float32, rounded, traced
 from lmconform.measuring.traces import hooked
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-COMPARING = ("contract.shape", "contract.finite", "contract.repeatable")
 TIME = 40
 # Over all of transformers' types the 90th percentile of the drift is 0.4 to 1.8 times that of the noise (but for BLT),
 # and the worst token 0.1 to 1.6 times the worst noise.
@@ -56,7 +55,7 @@ LOSES = Hint(
 @register_check(
     "precision.bfloat16",
     holds="runs wholly in bfloat16, finite, drift from float64 within the type's bound; autocast too",
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
 )
 def check_bfloat16(subject: Specimen, ctx: Context) -> None:
     """See `check_type`. bfloat16 has float32's range and 8 bits: whole numbers are exact up to 256."""
@@ -68,7 +67,7 @@ def check_bfloat16(subject: Specimen, ctx: Context) -> None:
 @register_check(
     "precision.float16",
     holds="runs wholly in float16, finite, drift from float64 within the type's bound; autocast too",
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
 )
 def check_float16(subject: Specimen, ctx: Context) -> None:
     """See `check_type`. float16 has 11 bits and ends at 65504: norms also get activations whose squares do not fit.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lmconform.checks.precision import COMPARING, TIME
+from lmconform.checks.precision import TIME
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.measuring.exercises import padded
 from lmconform.measuring.uncompiled import uncompiled
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @register_check(
     "precision.backends",
     holds="eager, SDPA and flex attention agree, large logits included",
-    requires=COMPARING,
+    requires=COMPARES_LOGITS,
 )
 def check_backends(subject: Specimen, ctx: Context) -> None:
     """set_attn_implementation() on copies: plain, left-padded, on a cache; then with matrices 3 times as large.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
 from lmconform.context import Hint
-from lmconform.registry import register_check
+from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +26,7 @@ TORCH_OWN = ("_parameters", "_buffers", "_modules")
 @register_check(
     "gradients.registered",
     holds="every tensor that influences logits is a parameter or a buffer, and none is shared by accident",
-    requires=("contract.shape", "contract.finite", "contract.repeatable"),
+    requires=COMPARES_LOGITS,
     profile="smoke",
 )
 def check_registered(subject: Specimen, ctx: Context) -> None:
