@@ -10,6 +10,7 @@ from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from lmconform.compiled import as_written
 from lmconform.conventions import find_convention, first_line
 from lmconform.devices import Device, DeviceError
 from lmconform.global_state import global_state_kept
@@ -112,10 +113,10 @@ class Subject:
 
         given = self.model_or_builder
         if isinstance(given, torch.nn.Module):
-            module = _announced_copy(given, announce)
+            module = as_written(_announced_copy(given, announce), announce)
             builder = None
         else:
-            module = self._build(seed)
+            module = self._build(seed, announce)
             builder = self._build
         pristine: Callable[[], nn.Module] | None = None
         if not as_loaded:
@@ -155,8 +156,8 @@ class Subject:
             announce=announce,
         )
 
-    def _build(self, seed: int) -> nn.Module:
-        """Call the builder under `seed`, leaving the caller's random state alone."""
+    def _build(self, seed: int, announce: Callable[[str], None] | None = None) -> nn.Module:
+        """Call the builder under `seed`, leaving the caller's random state alone; what it compiled is as written."""
         import torch
 
         try:
@@ -195,7 +196,7 @@ class Subject:
                     f"({type(error).__name__}: {first_line(error)}); let it build a new one each time"
                 ) from error
         _handed_out.add(made)
-        return made
+        return as_written(made, announce)
 
 
 def _there_alone(module: nn.Module, ids: Tensor, call: Any, home: Device, error: ConventionError) -> str:
@@ -268,7 +269,7 @@ def _pristine(subject: Subject, module: nn.Module, seed: int) -> Callable[[], nn
     import torch
 
     if isinstance(given, torch.nn.Module):
-        return lambda: copy.deepcopy(given)
+        return lambda: as_written(copy.deepcopy(given))
     state = {key: value.clone() for key, value in module.state_dict().items()} if _small(module) else None
 
     def rebuild() -> nn.Module:
