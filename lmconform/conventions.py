@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmconform.adapters import shipped_for
+from lmconform.advice import advice
 from lmconform.outputs import CACHE, ConventionError, Output, expect_logits, lone_loss, read
 
 if TYPE_CHECKING:
@@ -37,16 +40,6 @@ FILLED = {  # what is given where forward() requires it: its size beside a cache
 }  # fmt: skip
 HIDDEN = ("output_hidden_states",)
 ATTENTIONS = ("output_attentions",)
-
-ADAPTER = """\
-import lmconform, {module}{and_torch}
-
-# input_ids: int64 [batch, time]. Inputs that call() names are checked, others are not: attention_mask [batch, time] of
-# 1 and 0, position_ids, past_key_values and use_cache (the cache comes back beside the logits), inputs_embeds, labels
-def call(model, input_ids):
-    return {body:<30}  # must come out as logits: [batch, time, vocab]
-
-subject = lmconform.Subject({module}.build, call=call)      # then: lmconform check this_file.py:subject"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ class Convention:
     def describe(self) -> str:
         """For example: forward(idx, targets=...) -> logits, loss."""
         if self.call is not None:
-            return f"call() in {self.call.__module__}"
+            return f"call() in {_home(self.call)}"
         taken = [
             value
             for key in ("ids", "mask", "positions", "cache", "embeds", "labels")
@@ -166,6 +159,13 @@ class Convention:
         return module(**{self.ids: input_ids}, **keywords)
 
 
+def _home(call: Callable[..., Any]) -> str:
+    """mypackage.model, or model.py: a file that was named in a SPEC has no name as a module that anybody knows."""
+    name = call.__module__
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return name if "." in name or file is None else Path(file).name
+
+
 def _holder(module: Any, attribute: str) -> Any:
     """What has it: the module, or the one inside a wrapper (DistributedDataParallel); None for neither."""
     while attribute and not hasattr(module, attribute):
@@ -237,12 +237,13 @@ def find_convention(
         known = _with_known_mask(candidate, module, input_ids, logits)
         known = _with_known_positions(known, module, input_ids)
         return _with_known_loss(known, module, input_ids), logits.shape[-1]
-    seen, body = _advice(module, input_ids)
-    adapter = ADAPTER.format(module=where, body=body, and_torch=", torch" if "torch." in body else "")
+    named, _, _ = parameters_of(module)
+    required = [name for name, parameter in named.items() if parameter.default is parameter.empty][1:]
+    labels = next((name for name in LABELS if name in named), None)
     raise ConventionError(
         f"found no way to get logits [batch, time, vocab] out of {type(module).__name__}. Tried, with ids of shape "
         f"{list(input_ids.shape)}:\n" + "\n".join(f"  - {line}" for line in dict.fromkeys(tried)) + "\n"
-        f"{seen}Say it once in an adapter:\n\n{adapter}",
+        f"{advice(module, input_ids, required, labels, where)}",
         tried,
     )
 
@@ -256,32 +257,6 @@ def _expect_nothing_hidden(found: Convention, module: nn.Module, input_ids: Tens
     moved = found.run(module, other).logits[:, -1] != logits[:, -1]
     if not bool(logits.isfinite().all() and moved.any()):
         raise ConventionError("with a mask of ones the first token does not reach the last logits: 1 may mean hidden")
-
-
-def _advice(module: nn.Module, input_ids: Tensor) -> tuple[str, str]:
-    """What a few more calls showed of a model that gave no logits, and the expression that its adapter returns."""
-    import torch
-
-    named, _, _ = parameters_of(module)
-    labels = next((name for name in LABELS if name in named), None)
-    for ids in (input_ids, input_ids[0]):
-        try:
-            with torch.no_grad():
-                raw = module(ids, **({labels: ids} if labels else {}))
-            if lone_loss(raw) is not None:
-                remedy = f"let forward() return them where {labels} is None" if labels else "hand over the model inside"
-                when = f"With {labels} it" if labels else "It"
-                seen = f"{when} gives the loss and no logits, which are what is compared: {remedy}.\n"
-                return seen, "model(input_ids)"
-            if ids.dim() == 1 and read(raw).logits.shape[:-1] == ids.shape:
-                return "It takes one sequence [time] at a time.\n", "torch.stack([model(row) for row in input_ids])"
-        except Exception:
-            continue
-    required = [name for name, parameter in named.items() if parameter.default is parameter.empty][1:]
-    if not required:
-        return "", "model(input_ids)"
-    given = ", ".join(f"{name}=..." for name in required)
-    return f"forward() requires {' and '.join(required)}: say what is right.\n", f"model(input_ids, {given})"
 
 
 def _with_known_mask(found: Convention, module: nn.Module, input_ids: Tensor, logits: Tensor) -> Convention:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmconform import BuildError, Subject
+from lmconform import BuildError, Subject, check_model
 
 VOCAB = 37
 
 
 class Core(nn.Module):
-    """Embedding and head; `answer` is what a subclass makes of the logits."""
+    """Embedding and head; a subclass calls `compute` in its own way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,17 +373,48 @@ class TargetsRequired(Core):
         return F.cross_entropy(self.compute(input_seq).flatten(0, -2), target_seq.flatten())
 
 
+def adapter_in(text: str) -> Callable[..., Tensor]:
+    """call() of the adapter that an error shows."""
+    adapter = text.partition("in an adapter:\n\n")[2]
+    code = adapter.partition("subject =")[0].replace("import lmconform, your_module, torch", "import torch")
+    space: dict = {}
+    exec(code, space)
+    return space["call"]
+
+
 def test_what_takes_one_sequence_is_told_how_to_stack_them() -> None:
     with pytest.raises(BuildError) as refused:
         Subject(OneSequence).open()
     text = str(refused.value)
     assert "It takes one sequence [time] at a time." in text
-    adapter = text.partition("in an adapter:\n\n")[2]
-    code = adapter.partition("subject =")[0].replace("import lmconform, your_module, torch", "import torch")
-    space: dict = {}
-    exec(code, space)
-    ids = Subject(OneSequence, call=space["call"]).open().probe_ids(2, 5)
+    ids = Subject(OneSequence, call=adapter_in(text)).open().probe_ids(2, 5)
     assert ids.shape == (2, 5)
+
+
+class WholeChunks(Core):
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        assert idx.shape[1] % 16 == 0, "the sequence must be divisible by the chunk size"
+        return self.compute(idx), None
+
+
+class OneLength(Core):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 32
+        return self.compute(x)
+
+
+def test_what_takes_whole_chunks_is_told_how_to_pad() -> None:
+    with pytest.raises(BuildError) as refused:
+        Subject(WholeChunks).open()
+    text = str(refused.value)
+    assert "It takes 16 and 32 tokens, not 5 nor 17: pad at the end" in text
+    report = check_model(Subject(WholeChunks, call=adapter_in(text)), profile="smoke")
+    assert report.ok, report.failed
+
+
+def test_what_takes_one_length_is_told_which() -> None:
+    with pytest.raises(BuildError, match="It takes 32 tokens, and neither fewer nor more"):
+        Subject(OneLength).open()
 
 
 def test_what_gives_no_logits_but_a_loss_is_told_so() -> None:
