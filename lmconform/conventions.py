@@ -161,7 +161,7 @@ class Convention:
 
 def _home(call: Callable[..., Any]) -> str:
     """mypackage.model, or model.py: a file that was named in a SPEC has no name as a module that anybody knows."""
-    name = call.__module__
+    name = call.__module__ or "a function without a module"  # what exec() made
     file = getattr(sys.modules.get(name), "__file__", None)
     return name if "." in name or file is None else Path(file).name
 
