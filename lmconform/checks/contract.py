@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lmconform import tolerance
 from lmconform.cases import Choice, Span
 from lmconform.context import Hint
 from lmconform.registry import register_check
@@ -80,8 +81,12 @@ def check_finite(subject: Specimen, ctx: Context) -> None:
     "contract.repeatable",
     holds="two eval calls agree bit for bit; nothing is carried from call to call",
     profile="smoke",
-    space={"between": Choice("nothing", "other_tokens", "longer", "padded", "cached"), "time": Span(1, 64)},
+    space={
+        "between": Choice("nothing", "other_tokens", "longer", "padded", "cached", "since_built"),
+        "time": Span(1, 64),
+    },
     grid=(
+        {"between": "since_built", "time": 40},
         {"between": "nothing", "time": 40},
         {"between": "other_tokens", "time": 40},
         {"between": "longer", "time": 40},
@@ -90,7 +95,11 @@ def check_finite(subject: Specimen, ctx: Context) -> None:
     ),
 )
 def check_repeatable(subject: Specimen, ctx: Context) -> None:
-    """The same tokens twice, at once and with an unrelated call between; the weights before and after."""
+    """The same tokens twice, at once and with an unrelated call between; the weights before and after.
+
+    `since_built`: the first answer of a model built anew, given these weights, against the subject's, which has taken
+    other tokens before, among them a text of its whole context where no context is stated.
+    """
     weights = {name: tensor.detach().clone() for name, tensor in _tensors(subject.module)}
     trained = {name for name, _ in subject.module.named_parameters(remove_duplicate=False)}
     first: dict[int, Tensor] = {}
@@ -98,6 +107,9 @@ def check_repeatable(subject: Specimen, ctx: Context) -> None:
         ids = ctx.ids(2, subject.longest(case.time))
         if ids.shape[1] not in first:
             first[ids.shape[1]] = subject.logits(ids)
+        if case.between == "since_built":
+            _as_when_built(subject, ctx, ids, first[ids.shape[1]])
+            continue
         _unrelated_call(subject, ctx, case.between, ids)
         changed = [name for name, tensor in _tensors(subject.module) if _moved(weights.get(name), tensor)]
         if parameters := [name for name in changed if name in trained]:
@@ -114,6 +126,30 @@ def check_repeatable(subject: Specimen, ctx: Context) -> None:
             _differs_again(subject, ctx, case.between, ids, first[ids.shape[1]], again, changed)
         if changed:
             ctx.note(f"forward() in eval mode changes the buffer {changed[0]}, without effect on these logits")
+
+
+def _as_when_built(subject: Specimen, ctx: Context, ids: Tensor, logits: Tensor) -> None:
+    """What is built anew and answers otherwise at its second call as well is for other checks to judge."""
+    import torch
+
+    built = subject.unused()
+    anew = built.logits(ids)
+    if anew.shape != logits.shape or not float((logits - anew).abs().max()) > tolerance.allowed(subject.noise, anew):
+        return
+    built.logits(ctx.other_ids(ids))
+    if not torch.equal(anew, built.logits(ids)) or not torch.equal(anew, subject.unused().logits(ids)):
+        return
+    ctx.equal(
+        logits,
+        anew,
+        "the same tokens give other logits than in a model that has answered nothing before: something is carried "
+        "from call to call",
+        hint=Hint(
+            "state kept on the module or its config from an earlier call (a length, a cache, a rotary base that a long "
+            "text has stretched)",
+            "state.carried_over",
+        ),
+    )
 
 
 def _unrelated_call(subject: Specimen, ctx: Context, between: str, ids: Tensor) -> None:

@@ -78,22 +78,36 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
 
 @register_check(
     "gradients.checkpointing",
-    holds="gradient checkpointing gives the same values",
+    holds="gradient checkpointing gives the same values, what dropout draws included",
     needs=("ckpt",),
     requires=COMPARES_LOGITS,
-    space={"reentrant": Choice(False, True), "cache": Choice("off", "default")},
-    grid=({"reentrant": False, "cache": "off"}, {"reentrant": True, "cache": "default"}),
+    space={"reentrant": Choice(False, True), "cache": Choice("off", "default"), "dropout": Choice("off", "on")},
+    grid=(
+        {"reentrant": False, "cache": "off", "dropout": "off"},
+        {"reentrant": True, "cache": "default", "dropout": "off"},
+        {"reentrant": False, "cache": "off", "dropout": "on"},
+    ),
 )
 def check_checkpointing(subject: Specimen, ctx: Context) -> None:
-    """Logits, loss and every gradient with and without checkpointing, in train mode with dropout off: values.
+    """Logits, loss and every gradient with and without checkpointing, in train mode: values.
 
-    What transformers' own tests compare is which gradients exist.
+    Dropout is off, or as the model has it, with the same random numbers for both. What transformers' own tests compare
+    is which gradients exist.
     """
-    plain = without_dropout(subject, lent=True)
+    import torch
+
     ids = ctx.ids(2, subject.longest(24))
-    expected_logits, expected_loss, expected = trained_once(plain, ctx, ids, None)
+    without: dict[str, tuple[Tensor, float, dict[str, Tensor | None]]] = {}
     for case in ctx.cases():
-        checked = without_dropout(subject, lent=True)
+        if case.dropout not in without:
+            without[case.dropout] = trained_once(_copied(subject, case.dropout), ctx, ids, None)
+        expected_logits, expected_loss, expected = without[case.dropout]
+        if case.dropout == "on" and "off" in without and torch.equal(expected_logits, without["off"][0]):
+            continue  # the model has none
+        if case.dropout == "on" and not _repeats(_copied(subject, "on"), ctx, ids, expected_logits):
+            ctx.note("train mode draws other random numbers each time: compared without dropout alone")
+            continue
+        checked = _copied(subject, case.dropout)
         counts = count_calls(checked.module)
         try:
             checked.module.gradient_checkpointing_enable(  # type: ignore[operator]
@@ -108,7 +122,10 @@ def check_checkpointing(subject: Specimen, ctx: Context) -> None:
         hint = Hint(
             "the block computes something else the second time: state changed by the first run (a cache, a counter), "
             "a closure over a loop variable, an argument left out of the checkpointed call, or a result of a block "
-            "that is never recomputed",
+            "that is never recomputed"
+            if case.dropout == "off"
+            else "dropout draws anew when the block is computed again: preserve_rng_state=True, which is the default, "
+            "and random numbers of torch's own generator alone",
             "grad.checkpoint_differs",
         )
         ctx.equal(logits, expected_logits, "logits with gradient checkpointing differ from those without", hint=hint)
@@ -188,6 +205,17 @@ def trained_once(
     loss.backward()
     grads = {name: p.grad for name, p in subject.module.named_parameters() if p.requires_grad}
     return logits.detach(), float(loss.detach()), grads
+
+
+def _copied(subject: Specimen, dropout: str) -> Specimen:
+    return without_dropout(subject, lent=True) if dropout == "off" else subject.lent()
+
+
+def _repeats(subject: Specimen, ctx: Context, ids: Tensor, expected: Tensor) -> bool:
+    """Whether train mode gives these logits again from the same seed."""
+    import torch
+
+    return torch.equal(trained_once(subject, ctx, ids, None)[0], expected)
 
 
 def count_calls(module: nn.Module) -> dict[int, int]:
