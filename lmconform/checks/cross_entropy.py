@@ -53,12 +53,14 @@ def explain(
     """
     value = float(loss.detach())
     logits = logits.detach()
+    if shifted is None:
+        shifted = subject.convention.labels_shifted
     lost, live = token_losses(logits[:, :-1], labels[:, 1:], ignored)
     straight, straight_live = token_losses(logits, labels, ignored)
     twice, twice_live = token_losses(logits[:, :-2], labels[:, 2:], ignored)
     back, back_live = token_losses(logits[:, 1:], labels[:, :-1], ignored)
-    if shifted is None:
-        shifted = subject.convention.labels_shifted
+    scores, wanted = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
+    end_to_end, end_to_end_live = token_losses(scores.flatten(0, 1)[:-1], wanted.flatten()[1:], ignored)
     if not shifted:  # the caller has shifted: none is right, one is one too many
         lost, live, twice, twice_live = straight, straight_live, lost, live
     right = "logits[:, :-1] with labels[:, 1:]" if shifted else "logits with the shifted labels, position by position"
@@ -91,6 +93,16 @@ def explain(
             Hint(
                 "labels are shifted by the caller and again in the model (or twice in the model): shift once",
                 "loss.double_shift",
+            ),
+        ),
+        (
+            end_to_end.sum() / end_to_end_live.sum() if len(labels) > 1 else float("nan"),  # one row is as above
+            "it equals the one with one shift too many, over rows laid end to end",
+            Hint(
+                "labels are shifted and flattened for a loss that shifts by itself: each row's last position is "
+                "compared with the next row, all others with the token after the next; let one of the two shift",
+                "loss.double_shift",
+                "loss.misaligned",
             ),
         ),
         (
@@ -144,7 +156,6 @@ def explain(
             Hint("a logarithm to base 2; optimizers and thresholds expect nats", "loss.normalisation"),
         ),
     ]
-    scores, wanted = (logits[:, :-1], labels[:, 1:]) if shifted else (logits, labels)
     # one row is right in either order
     crossed, crossed_live = token_losses(scores.transpose(0, 1).flatten(0, 1), wanted.flatten(), ignored)
     candidates.append((

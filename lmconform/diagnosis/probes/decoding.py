@@ -119,7 +119,7 @@ def _examined(subject: Specimen, ids: Tensor) -> list[Finding]:
         if not (culprit or written) and (where := _read_otherwise(subject, ids, *held[1:], place)):
             culprit = "cache.wrong_value"
             found.append(Finding("position.restarts_on_decode", Verdict.against))
-    if culprit == "cache.ignored":
+    if culprit == "cache.ignored" or not _attends(subject, place):
         found.append(Finding("position.restarts_on_decode", Verdict.against))
     for cause in CONTENTS:
         if cause == culprit and not written:
@@ -154,7 +154,7 @@ def _from_the_start(subject: Specimen, ids: Tensor, stepped: Named) -> bool:
 
 
 def tensors(cache: Any, name: str = "cache") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a tuple of tuples, or in a transformers Cache, by the way to them."""
+    """The tensors in a tuple of tuples, a transformers Cache or an object of the model's own, by the way to them."""
     import torch
 
     if isinstance(cache, torch.Tensor):
@@ -169,6 +169,10 @@ def tensors(cache: Any, name: str = "cache") -> Iterator[tuple[str, Tensor]]:
         for index, layer in enumerate(cache.layers):  # keys and values, or the states of a recurrent layer
             for key, part in vars(layer).items():
                 yield from tensors(part, f"{name}.layers[{index}].{key}")
+    elif hasattr(cache, "__dict__"):
+        for key, part in vars(cache).items():
+            if isinstance(part, torch.Tensor | list | tuple | dict):  # what else it holds may hold anything
+                yield from tensors(part, f"{name}.{key}")
 
 
 def _reordered(stepped: Named, full: Named, time: int) -> list[Finding]:
@@ -272,6 +276,15 @@ def _read_otherwise(subject: Specimen, ids: Tensor, stepped: Named, full: Named,
         if not same(right.select(axis, -1), first.select(axis, 0)):
             return f"what block {block} keeps after the step is what one forward leaves there: it is read otherwise"
     return ""
+
+
+def _attends(subject: Specimen, place: str) -> bool:
+    """Whether the module named so may be an attention; where there is no such module, it may."""
+    try:
+        part = subject.module.get_submodule(place) if place else None
+    except AttributeError:
+        return True
+    return part is None or may_attend(subject, [part])
 
 
 def _unread(cache: Any, step: Any, bound: float) -> str:
