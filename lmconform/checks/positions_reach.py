@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lmconform import structure
+from lmconform import structure, tolerance
 from lmconform.checks.block_influence import damped_influence, influence_of
 from lmconform.checks.block_kinds import stated_window
 from lmconform.checks.first_block import blocks
 from lmconform.checks.positions import LONGEST, stack_of
 from lmconform.context import Hint
 from lmconform.measuring.attending import may_attend
+from lmconform.measuring.dropout import without_dropout
 from lmconform.measuring.fading import fades
 from lmconform.registry import COMPARES_LOGITS, register_check
 
@@ -33,10 +34,12 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     A window of w tokens means, as in transformers, the token itself and w - 1 before it. An influence that fades with
     distance, as that of a recurrence with decay, until the type has no number so small, is no cut. A block without
     attention may reach the same few tokens from everywhere, as a convolution does, where other blocks reach them all.
+    In train mode, dropout off, a stated window must cut as well.
     """
     stack = stack_of(subject, ctx)
     context = subject.longest(LONGEST)
     whole = False
+    windows: set[int] = set()
     kernels: list[tuple[int, int, Tensor]] = []
     tokenwise = _tokenwise(subject, ctx, stack)
     if tokenwise:
@@ -50,6 +53,8 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
         if isinstance(stated, str):
             ctx.note(f"block {index} {stated}")
             continue
+        if stated is not None:
+            windows.add(stated)
         short = subject.longest(40 if stated is None else min(stated + 8, LONGEST))
         influence = influence_of(subject, ctx, stack, index, ctx.ids(1, short), range(short))
         if influence is None:
@@ -66,11 +71,43 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
             far = influence_of(subject, ctx, stack, index, ctx.ids(1, context), [context - 1])
             if far is not None:
                 _check_reach_of(subject, ctx, stack, index, stated, [context - 1], context, far)
+    if windows:
+        _cut_in_training_too(subject, ctx, min(windows))
     if whole:
         return
     for index, short, influence in kernels:
         _check_reach_of(subject, ctx, stack, index, None, range(short), short, influence)
     ctx.not_applicable("; ".join(ctx.notes))
+
+
+def _cut_in_training_too(subject: Specimen, ctx: Context, window: int) -> None:
+    """Train mode often takes another attention kernel, which wants the window said again.
+
+    Logits that part with those of eval mode from the window's edge on, and not before it, lack the window in one of
+    the two, and eval mode has it.
+    """
+    import torch
+
+    ids = ctx.ids(1, subject.longest(min(window + 8, LONGEST)))
+    if ids.shape[1] <= window:
+        return
+    expected = subject.logits(ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ctx.seed)
+        trained = without_dropout(subject, lent=True).logits(ids, train=True)
+    bound = tolerance.allowed(subject.noise, expected)
+    apart = ((trained - expected).abs().amax(-1) > bound)[0]
+    if bool(apart[:window].any()):  # it computes something else in train mode, by design or not
+        return
+    ctx.equal(
+        trained,
+        expected,
+        f"in train mode the window of {window} tokens that the config states is not what is cut: logits are those of "
+        "eval mode up to its edge, and others beyond",
+        hint=Hint("the branch for training leaves the window's mask out (is_causal alone, a kernel without its window)",
+                  "mask.window", "mask.train_only"),
+        allowed=bound,
+    )  # fmt: skip
 
 
 def _kernel(influence: Tensor) -> int | None:
