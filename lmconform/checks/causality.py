@@ -275,6 +275,7 @@ def compare_rows(
         leaks = bool((change > bound).any())
         if not leaks:
             ctx.note("rows of one batch differ here and each row alone does not: see batching.row_independence")
+    expect_numbers(ctx, change, where)
     ctx.equal(
         change,
         torch.zeros_like(change),
@@ -283,6 +284,21 @@ def compare_rows(
         hint=hint() if leaks else "",
         allowed=bound,
         axes=axes,
+    )
+
+
+def expect_numbers(ctx: Context, change: Tensor, where: str) -> None:
+    """Violation where logits that are compared are NaN: `change` [row, position] says nothing of the future there."""
+    if not bool(change.isnan().any()):
+        return
+    row, position = change.isnan().nonzero()[0].tolist()
+    ctx.fail(
+        "logits of tokens that are no padding are NaN, so nothing can be said of what they see",
+        where=f"{where}, row {row}, position {position}",
+        hint=Hint(
+            "a query that sees no key has a softmax of 0 / 0, and 0 * NaN carries it on: see padding.finite",
+            "mask.padding_nan",
+        ),
     )
 
 
@@ -386,6 +402,7 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
                 )
             )
         change = largest(logits, expected, compared)
+        expect_numbers(ctx, change, f"mask {case.mask}, train mode")
         ctx.equal(
             change,
             torch.zeros_like(change),
