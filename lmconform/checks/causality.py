@@ -370,10 +370,10 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
         ids = ctx.ids(1, time)
         mask = mask_of(case.mask, time, time, ids)
 
-        def train(rows: Tensor, mask: Tensor | None = mask) -> Tensor:
+        def train(rows: Tensor, mask: Tensor | None = mask, train: bool = True) -> Tensor:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(ctx.seed)
-                return copied.logits(rows, mask=mask, train=True)
+                return copied.logits(rows, mask=mask, train=train)
 
         rows = futures(ids, ctx.other_ids(ids))
         same = ids.expand(time, time).contiguous()
@@ -387,12 +387,22 @@ def check_train_mode(subject: Specimen, ctx: Context) -> None:
                 ctx.not_applicable(
                     "train mode is random beyond every dropout and jitter setting: two runs under one seed differ"
                 )
-            expected = train(ids, None if mask is None else mask[:1]).expand_as(expected)
-            single = [train(rows[t : t + 1], None if mask is None else mask[:1]) for t in range(time)]
-            logits = torch.cat(single)
+            one = None if mask is None else mask[:1]
+            expected = train(ids, one).expand_as(expected)
+            logits = torch.cat([train(rows[t : t + 1], one) for t in range(time)])
+            alike = largest(
+                torch.cat([train(rows[t : t + 1], one, train=False) for t in range(time)]),
+                train(ids, one, train=False),
+                compared,
+            )
             hint = (
                 train_hint(copied)
                 or known_leak(subject)
+                or (
+                    "eval mode does the same with these tokens and this mask: begin there"
+                    if bool((alike > bound).any())
+                    else ""
+                )
                 or (
                     Hint(
                         "the branch for training has another mask (is_causal, or the mask itself, is only set in "
