@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.copies import cast
+from lmconform.measuring.adapters import wraps_adapters
 from lmconform.measuring.buffers import outside_the_state
 from lmconform.measuring.dropout import without_dropout
 from lmconform.measuring.saving import (
@@ -26,6 +27,7 @@ from lmconform.measuring.saving import (
     saved_state,
     shared_parameters,
     tensors_anywhere,
+    through_adapters,
     through_pretrained,
     through_state_dict,
 )
@@ -54,9 +56,10 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
     """Saved and loaded into a model that was built anew under another seed; thorough: in a fresh process too.
 
     transformers' models go through save_pretrained and from_pretrained, others through their state_dict, torch.load
-    with weights_only, and safetensors. Every parameter and buffer must be equal bit for bit, then the logits. What a
-    model learns in buffers while it runs in train mode (the bias that balances experts) must come back too: where such
-    a buffer is outside the state dict, the same again after a few batches.
+    with weights_only, and safetensors; peft's adapters beside that through save_pretrained and load_adapter. Every
+    parameter and buffer must be equal bit for bit, then the logits. What a model learns in buffers while it runs in
+    train mode (the bias that balances experts) must come back too: where such a buffer is outside the state dict, the
+    same again after a few batches.
     """
     ids = ctx.ids(2, subject.longest(20))
     with tempfile.TemporaryDirectory(prefix="lmconform-") as folder:
@@ -79,6 +82,16 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
                 "grad.unregistered",
             ),
         )
+        if wraps_adapters(subject.module):
+            ctx.equal(
+                through_adapters(subject, folder).logits(ids),
+                subject.logits(ids),
+                "logits differ after saving the adapters and loading them",
+                hint=Hint(
+                    "something that was trained is not among what peft saves: name it in modules_to_save",
+                    "weights.not_saved",
+                ),
+            )
         _check_learnt_buffers(subject, ctx, loaded, folder, ids)
         if ctx.profile == "thorough":
             in_a_fresh_process(subject, ctx, folder, ids)
@@ -223,6 +236,8 @@ def check_meta(subject: Specimen, ctx: Context) -> None:
     buffers outside the state dict, load_state_dict. A plain module that has such buffers and no method that would write
     them has not promised this.
     """
+    if wraps_adapters(subject.module):
+        ctx.not_applicable("peft puts its adapters on a base that is loaded already: check the base model")
     ids = ctx.ids(2, subject.longest(20))
     if pretrained(subject.module):
         with tempfile.TemporaryDirectory(prefix="lmconform-") as folder, poisoned_memory():

@@ -197,7 +197,8 @@ def check_attention(subject: Specimen, ctx: Context) -> None:
 def _redrawn(subject: Specimen, seed: int) -> Specimen:
     """A copy whose projections are random and of a known size, without biases, and whose norms do nothing but norm.
 
-    A trained model's alignments and gains are gone: what is left is the code's own scaling.
+    A trained model's alignments and gains are gone: what is left is the code's own scaling. Adapters of peft add
+    nothing, as when they are new.
     """
     import torch
     from torch import nn
@@ -207,7 +208,7 @@ def _redrawn(subject: Specimen, seed: int) -> Specimen:
     copied = loaded if made_anew else loaded.copy()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for part in copied.module.modules():
+        for name, part in copied.module.named_modules():
             weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
             if isinstance(part, nn.MultiheadAttention):
                 _redraw_projections_in(part, generator)
@@ -217,7 +218,8 @@ def _redrawn(subject: Specimen, seed: int) -> Specimen:
             norm = weight.dim() == 1 and "norm" in type(part).__name__.lower()
             if projection:
                 fan_in = weight.shape[1] if isinstance(part, nn.Linear) else weight.shape[0]
-                weight.copy_(torch.randn(weight.shape, generator=generator) * (GAIN / fan_in**0.5))
+                size = 0.0 if "lora_B" in name.split(".") else GAIN / fan_in**0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * size)
             elif norm:
                 _neutralise(part, weight)
             if (projection or norm) and bias is not None:

@@ -11,6 +11,7 @@ from lmconform import charts
 from lmconform.checks.shared_sweep import MEMORISED, STEPS, Swept, swept, trainable_size
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.measuring.adapters import ADAPTERS, wraps_adapters
 from lmconform.registry import register_check
 from lmconform.sweep.corpus import entropy
 from lmconform.sweep.rates import ASSUMED_STEPS, Outcome, given_rate
@@ -44,6 +45,8 @@ def check_memorize(subject: Specimen, ctx: Context) -> None:
     does not learn at all. Decoding is an argmax loop over plain forwards, from the first two tokens. The rates are
     those of training.lr_sweep.
     """
+    if wraps_adapters(subject.module):
+        ctx.not_applicable(ADAPTERS)
     found = swept(subject, ctx)
     best = found.best
     losses = found.training.losses[best]
@@ -168,6 +171,8 @@ def check_lr_sweep(subject: Specimen, ctx: Context) -> None:
     followed through its scheduler to its highest value. A longer run gets as far with a smaller rate, so the range's
     lower end is divided by (steps of the recipe / 100); where the recipe does not say, 1000 steps are assumed.
     """
+    if wraps_adapters(subject.module):
+        ctx.not_applicable(ADAPTERS)
     found = swept(subject, ctx).outcome
     given = given_rate(subject.recipe, subject.fresh(ctx.seed).module)
     ctx.record(_curve(found, None if isinstance(given, str) else given.rate))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmconform.checks.shared_sweep import good_rate, trainable_size
 from lmconform.context import Hint
+from lmconform.measuring.adapters import ADAPTERS, wraps_adapters
 from lmconform.registry import register_check
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def check_uses_context(subject: Specimen, ctx: Context) -> None:
     the prefix alone. Order is not asked for: positions.order_matters does that, and attention with linear biases takes
     thousands of steps to learn a pattern of three.
     """
+    if wraps_adapters(subject.module):
+        ctx.not_applicable(ADAPTERS)
     trainable_size(subject, ctx)
     period = PERIOD
     from lmconform.sweep.members import Member, train

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 RANK = 4
+ADAPTERS = "its adapters alone are trained, and how much they can learn is the base's: check the base model"
+
+
+def wraps_adapters(module: nn.Module) -> bool:
+    """Whether it is peft's model around another: it saves its adapters alone, and trains little else."""
+    return type(module).__module__.partition(".")[0] == "peft" and hasattr(module, "load_adapter")
 
 
 def reason_against(subject: Specimen) -> str:

@@ -17,6 +17,7 @@ from lmconform import structure
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.copies import convert
+from lmconform.measuring.adapters import wraps_adapters
 from lmconform.measuring.buffers import outside_the_state
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ answer(job)
 
 def pretrained(module: nn.Module) -> bool:
     """Whether it is saved and loaded the way transformers does."""
-    return callable(getattr(module, "save_pretrained", None)) and callable(getattr(module, "from_pretrained", None))
+    both = ("save_pretrained", "from_pretrained")
+    return not wraps_adapters(module) and all(callable(getattr(module, name, None)) for name in both)
 
 
 @contextmanager
@@ -108,6 +110,25 @@ def through_pretrained(subject: Specimen, ctx: Context, folder: str) -> Specimen
     if subject.converted:
         module = convert(module, subject.dtype)
     return subject._derive(subject.put(module).eval())
+
+
+def through_adapters(subject: Specimen, folder: str) -> Specimen:
+    """Saved as peft does, and loaded into a copy in which everything trainable has other weights."""
+    import torch
+
+    subject.copy().module.save_pretrained(folder)  # type: ignore[operator]
+    loaded = subject.copy()
+    with torch.no_grad():
+        for parameter in loaded.module.parameters():
+            if parameter.requires_grad:
+                poison(parameter)
+    module: Any = loaded.module
+    active = module.active_adapter
+    for name in list(module.peft_config):
+        module.load_adapter(folder if name == "default" else os.path.join(folder, name), name)
+    module.set_adapter(active)
+    loaded.module.eval()
+    return loaded
 
 
 def saved_state(subject: Specimen) -> dict[str, Any]:
