@@ -26,13 +26,17 @@ class ConventionError(Exception):
 
 @dataclass
 class Output:
-    """What one forward gave. `logits`: [batch, time, vocab]; `hidden_states`: one [batch, time, width] a layer."""
+    """What one forward gave. `logits`: [batch, time, vocab]; `hidden_states`: one [batch, time, width] a layer.
+
+    `beside`: tensors of no known meaning, as a value head gives them.
+    """
 
     logits: Tensor
     cache: Any = None
     loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    beside: tuple[Tensor, ...] = ()
 
 
 def read(raw: Any, cache_name: str | None = None) -> Output:
@@ -59,7 +63,16 @@ def read(raw: Any, cache_name: str | None = None) -> Output:
                     )
                 raise ConventionError(f"returned {type(raw).__name__} with {', '.join(named) or 'nothing'}, no logits")
         cache = next((named[n] for n in (cache_name, *CACHE) if n and named.get(n) is not None), None)
-        return Output(named["logits"], cache, named.get("loss"), named.get("hidden_states"), named.get("attentions"))
+        known = ("logits", "loss", "hidden_states", "attentions", cache_name, *CACHE)
+        unknown = [value for name, value in named.items() if name not in known and isinstance(value, torch.Tensor)]
+        return Output(
+            named["logits"],
+            cache,
+            named.get("loss"),
+            named.get("hidden_states"),
+            named.get("attentions"),
+            tuple(value for value in unknown if value is not named["logits"]),
+        )
     if isinstance(raw, tuple | list) and raw:
         tensors = [item for item in raw if isinstance(item, torch.Tensor)]
         logits = next((t for t in tensors if t.dim() == 3 and t.is_floating_point()), None)
@@ -71,7 +84,9 @@ def read(raw: Any, cache_name: str | None = None) -> Output:
         cache = next((item for item in raw if item is not None and not isinstance(item, torch.Tensor)), None)
         if cache is None and cache_name == "state":  # of a recurrence: one tensor
             cache = next((t for t in tensors if t is not logits and t.dim() > 0 and t.is_floating_point()), None)
-        return Output(logits, cache, loss)
+        read_already = (logits, loss, cache)
+        beside = tuple(t for t in tensors if all(t is not known for known in read_already))
+        return Output(logits, cache, loss, beside=beside)
     raise ConventionError(f"returned {shapes(raw)}: no logits in it")
 
 

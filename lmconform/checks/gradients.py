@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmconform import structure, tolerance
 from lmconform.cases import Choice
-from lmconform.checks.unused_parameters import declared_unused, reached_by_loss
+from lmconform.checks.unused_parameters import declared_unused, reached_by_loss, reached_by_other_outputs
 from lmconform.context import Hint
 from lmconform.excitation import excite
 from lmconform.measuring.buffers import buffers_kept
@@ -39,7 +39,8 @@ def check_reach(subject: Specimen, ctx: Context) -> None:
     routed to, dead ReLUs), and with routers that favour nobody; then it is moved: a bias that moves no logit (a key
     bias under softmax) is invariant and excused, a matrix that moves none is dead, and whatever moves logits without
     having a gradient is cut off. Excused with a note: towers of other modalities, cross-attention where no encoder's
-    states are given, and what only the model's own loss reaches (a head that predicts further tokens in training).
+    states are given, and what only the model's own loss reaches (a head that predicts further tokens in training), or
+    another output of forward() than the logits (a value head).
     """
     quiet = without_dropout(subject, lent=True)
     module = quiet.module
@@ -300,7 +301,10 @@ def judge_suspects(
     unused = {name for names in excused.values() for name in names}
     excused["invariant"] = []
     excused["which the model's own loss in train mode reaches beside the logits"] = of_the_loss = []
-    reached = reached_by_loss(quiet, ids) if set(suspects) - unused else frozenset()
+    excused["which reaches another output of forward(), beside the logits"] = of_outputs = []
+    in_doubt = bool(set(suspects) - unused)
+    reached = reached_by_loss(quiet, ids) if in_doubt else frozenset()
+    reaching = reached_by_other_outputs(quiet, ids) if in_doubt else frozenset()
     findings: list[tuple[int, int, str, str, str]] = []
     tables = embedding_tables(quiet)
     for index, (name, rows) in enumerate(suspects.items()):
@@ -337,6 +341,8 @@ def judge_suspects(
             ))  # fmt: skip
         elif name in reached and not rows:
             of_the_loss.append(name)
+        elif name in reaching and not rows:
+            of_outputs.append(name)
         elif grads[name] is None:
             findings.append((
                 1, order, f"{name} gets no gradient: forward() never uses it", place,

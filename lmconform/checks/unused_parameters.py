@@ -77,6 +77,28 @@ def reached_by_loss(subject: Specimen, ids: Tensor) -> frozenset[str]:
     )
 
 
+def reached_by_other_outputs(subject: Specimen, ids: Tensor) -> frozenset[str]:
+    """Names of the parameters that reach what forward() gives beside the logits, one number a token or a text.
+
+    That is what a value head or a classifier gives. Hidden states and caches are no outputs of their own: a dead branch
+    of the language model may reach these.
+    """
+    import torch
+
+    parameters = {name: p for name, p in subject.module.named_parameters() if p.requires_grad}
+    with buffers_kept(subject.module):
+        given = subject.forward(ids, use_cache=False, train=True, grad=True).beside
+        others = [
+            value.double().sum() for value in given if value.requires_grad and value.numel() in (ids.numel(), len(ids))
+        ]
+        if not others:
+            return frozenset()
+        grads = torch.autograd.grad(torch.stack(others).sum(), list(parameters.values()), allow_unused=True)
+    return frozenset(
+        name for name, grad in zip(parameters, grads, strict=True) if grad is not None and bool(grad.any())
+    )
+
+
 def parameters_fed_by_text(subject: Specimen) -> set[str] | None:
     """Names of the language model's parameters in a model of several modalities; None for a plain language model."""
     whole, text = getattr(subject.module, "config", None), subject.config

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fixtures.subjects import build
 from fixtures.subjects.in_training import SHARE, FurtherToken, balanced, further_token
 from fixtures.subjects.modern.latent import Gate
-from fixtures.subjects.plain import FeedForward, plain
+from fixtures.subjects.plain import FeedForward, PlainConfig, PlainGPT, plain
 from lmconform import Result, Subject, check_model
 from lmconform.diagnosis import diagnose
 from lmconform.measuring.buffers import buffers_kept
@@ -135,6 +135,33 @@ def test_what_no_loss_reaches_is_unused(made: Build) -> None:
     assert result.status == "failed"
     assert "forward() never uses it" in result.message
     assert result.where.startswith("further")
+
+
+class ValueHead(PlainGPT):
+    """Logits, the loss, and a value for each token; with `used` a second head that nothing gives back."""
+
+    def __init__(self, used: bool = True) -> None:
+        super().__init__(PlainConfig())
+        self.value, self.other = nn.Linear(48, 1), None if used else nn.Linear(48, 1)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, None, Tensor]:
+        states: list[Tensor] = []
+        hook = self.norm.register_forward_hook(lambda module, args, output: states.append(output))
+        logits = super().forward(input_ids).logits
+        hook.remove()
+        return logits, None, self.value(states[0]).squeeze(-1)
+
+
+def test_a_value_head_is_used_by_what_it_gives() -> None:
+    result = result_of(ValueHead, "gradients.reach")
+    assert result.status == "passed", result.message
+    assert "reaches another output of forward(), beside the logits: value.weight, value.bias" in result.message
+
+
+def test_a_head_that_gives_nothing_is_unused() -> None:
+    result = result_of(functools.partial(ValueHead, used=False), "gradients.reach")
+    assert result.status == "failed"
+    assert result.where == "other.weight; 1 more: other.bias"
 
 
 # -- buffers that learn ------------------------------------------------------------------------------------------------

@@ -276,3 +276,12 @@ def test_reproduction_names_the_file_of_a_builder(register: Register) -> None:
     )
     module = Subject(plain(), name="model").open()
     assert Runner(module).run(check).repro.startswith("lmconform.check_model(model, select=['own.check'], seed=0)")
+
+
+def test_a_kernel_that_has_no_backward_here_is_no_fault(specimen: Specimen, register: Register) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = torch.randn(1, 2, 8, 16, requires_grad=True)
+    result = Runner(specimen).run(register(lambda subject, ctx: flex_attention(q, q, q).sum().backward()))
+    assert result.status == "not_applicable"
+    assert "does not support backward on CPU" in result.message
