@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmconform import structure
+from lmconform.measuring.traces import hooked
 from lmconform.specimen import Unavailable
 
 if TYPE_CHECKING:
@@ -56,10 +57,31 @@ _INHERITED = (
 
 @dataclass
 class Beams:
-    """What beam search gave: new tokens [rows, time], and the score it claims for each row."""
+    """What beam search gave: new tokens [rows, time], and the score it claims for each row.
+
+    `origins` [rows, time] is the beam that chose each token, -1 after a row's end, and `claimed` [rows, time] the
+    log-probability it chose it for; both are None where generate() does not say. A row that ends is filled up with the
+    padding token. `temperature` is what logits were divided by: 1 where generate() calls another module.
+    """
 
     tokens: Tensor
     scores: Tensor
+    origins: Tensor | None
+    claimed: Tensor | None
+    temperature: float
+
+    def crossed(self) -> Tensor | None:
+        """At which tokens [rows, time] a row's cache has come from the place of another beam, by one move or more.
+
+        The first move does not count: all beams hold the prompt alone until then.
+        """
+        import torch
+
+        if self.origins is None:
+            return None
+        moved = torch.zeros_like(self.origins, dtype=torch.bool)
+        moved[:, 2:] = (self.origins[:, 1:-1] != self.origins[:, 2:]) & (self.origins[:, 2:] >= 0)
+        return moved.cumsum(-1) > 0
 
 
 class Generator:
@@ -140,12 +162,33 @@ class Generator:
             tokens = self._cut(self._call(ids, new, mask=mask, **{**neutral, **controls}), ids, new)
         return tokens, [step.reshape(-1, step.shape[-1]) for step in drawn]
 
-    def beams(self, ids: Tensor, new: int, *, beams: int, **controls: Any) -> Beams:
-        """Beam search with scores, transformers' way."""
-        found = self._call(
-            ids, new, num_beams=beams, do_sample=False, return_dict_in_generate=True, output_scores=True, **controls
-        )
-        return Beams(found.sequences[:, ids.shape[1] :], found.sequences_scores)
+    def beams(self, ids: Tensor, new: int, *, beams: int, temperature: float = 1.0, **controls: Any) -> Beams:
+        """Beam search with scores, transformers' way, on logits divided by `temperature`.
+
+        They are divided where forward() returns them: generate() leaves its own temperature out of beam search, and a
+        processor of its scores would have to normalise them again, and hide that generate() did not.
+        """
+        import torch
+
+        applied = 1.0
+
+        def flatten(module: Any, args: Any, output: Any) -> Any:
+            nonlocal applied
+            applied = temperature
+            output.logits = output.logits.float() / temperature
+            return output
+
+        with hooked(self.subject.module.register_forward_hook(flatten)):
+            found = self._call(
+                ids, new, num_beams=beams, do_sample=False, return_dict_in_generate=True, output_scores=True, **controls
+            )
+        tokens = found.sequences[:, ids.shape[1] :]
+        origins, steps = (getattr(found, name, None) for name in ("beam_indices", "scores"))
+        claimed = None
+        if origins is not None and steps and origins.shape == tokens.shape:
+            by_step = torch.stack(steps[: tokens.shape[1]])  # [time, all beams, vocab]
+            claimed = by_step[torch.arange(tokens.shape[1], device=tokens.device), origins.long().clamp(min=0), tokens]
+        return Beams(tokens, found.sequences_scores, origins, claimed, applied)
 
     def as_users_call(self, ids: Tensor, new: int, *, sample: bool) -> Tensor:
         """With the model's own defaults in force, its end-of-text token included."""
