@@ -10,8 +10,8 @@ from lmconform import structure
 from lmconform.checks.unregistered_tensors import loose_tensors
 from lmconform.context import Hint
 from lmconform.conventions import first_line
-from lmconform.measuring.exercises import padded
-from lmconform.measuring.rounding import SAMPLES, Choices, Trace, in_type, kept_in_float32, rounded, traced
+from lmconform.measuring import drift
+from lmconform.measuring.rounding import Choices, Trace, in_type, kept_in_float32, traced
 from lmconform.measuring.traces import hooked
 from lmconform.registry import COMPARES_LOGITS, register_check
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from lmconform.context import Context
     from lmconform.specimen import Specimen
 
-TIME = 40
-# Over all of transformers' types the 90th percentile of the drift is 0.4 to 1.8 times that of the noise (but for BLT),
-# and the worst token 0.1 to 1.6 times the worst noise.
-TYPICAL, WORST = 2.5, 4.0
 LARGER = 3.0  # times the excited matrices: scores nine times as large, as in trained models whose attention is sharp
 ROOM = 8.0  # what a module computes inside may be larger than what it gives, by so much
 NORM_PEAK = 600.0  # an activation that float16 holds and whose square it does not
@@ -47,7 +43,7 @@ OVERFLOW = Hint(
 LOSES = Hint(
     "something is computed in the half type that does not bear it: positions, angles, norms, a softmax or long sums; "
     "compute it in float32 and cast back",
-    "dtype.overflow",  # of positions positions.precision tells, and measures nothing else
+    "dtype.low_precision",
     "position.low_precision",
 )
 
@@ -82,18 +78,14 @@ def check_float16(subject: Specimen, ctx: Context) -> None:
 
 
 def check_type(subject: Specimen, ctx: Context, dtype: torch.dtype) -> None:
-    """The model in `dtype` against a float64 model of the same, rounded weights.
+    """The model in `dtype` against a float64 model of the same, rounded weights: see `lmconform.measuring.drift`."""
+    import torch
 
-    What rounding explains is measured on the latter: every submodule's output is rounded to the type, and the logits
-    move by so much; recurrences are part of that run. Experts chosen in float64 are replayed in every other run, since
-    nearly equal ones change places.
-    """
     half = in_type(subject, dtype)
-    ids = ctx.ids(2, subject.longest(TIME))
-    runs: dict[str, Callable[[Specimen], Tensor]] = {"": lambda model: model.logits(ids)}
-    if subject.can("mask"):
-        runs[" of left-padded rows"] = lambda model: padded(model, ids)
-    exact, references = _references(half, ctx, runs)
+    runs = drift.runs(subject, ctx.ids(2, subject.longest(drift.TIME)))
+    exact, references = drift.references(half, runs)
+    if exact.dtype != torch.float64:
+        ctx.note("held against float32, since it does not run in float64")
     noise: tuple[float, float] | None = None
     for what, run in runs.items():
         choices, expected = references[what]
@@ -106,71 +98,21 @@ def check_type(subject: Specimen, ctx: Context, dtype: torch.dtype) -> None:
         _finite(ctx, dtype, logits, trace, what)
         _in_type(half, ctx, dtype, trace, what)
         if noise is None:
-            left = frozenset(step.name for step in trace.steps if any(made != dtype for made in step.dtypes))
-            noise = _noise(exact, dtype, left, choices, run, expected)
+            noise = drift.noise(exact, dtype, trace.outside(dtype), run, references[what])
         _drifts(ctx, dtype, logits, expected, noise, f"logits{what}", "")
     assert noise is not None
     _autocast(half, ctx, dtype, runs[""], references[""], noise)
 
 
-def _references(
-    half: Specimen, ctx: Context, runs: dict[str, Callable[[Specimen], Tensor]]
-) -> tuple[Specimen, dict[str, tuple[Choices, Tensor]]]:
-    """The same weights in float64, or where that does not run, float32: the logits and the experts chosen."""
-    import torch
-
-    for dtype in (torch.float64, torch.float32):
-        found: dict[str, tuple[Choices, Tensor]] = {}
-        try:
-            exact = in_type(half, dtype)  # MPS has no float64
-            for what, run in runs.items():
-                choices = Choices()
-                with choices.mode(replay=False):
-                    found[what] = choices, run(exact)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            continue
-        if all(bool(logits.isfinite().all()) for _, logits in found.values()):
-            if dtype != torch.float64:
-                ctx.note("held against float32, since it does not run in float64")
-            return exact, found
-        reason = "its logits are not finite"
-    ctx.not_applicable(f"weights that were rounded to the type do not run in float64 or float32: {reason}")
-    raise AssertionError
-
-
-def _noise(
-    exact: Specimen, dtype: torch.dtype, left: frozenset[str], choices: Choices, run: Any, expected: Tensor
-) -> tuple[float, float]:
-    """What rounding alone does: to most tokens (the 90th percentile), and to the worst."""
-    import torch
-
-    moved = []
-    for sample in range(SAMPLES):
-        with choices.mode(replay=True):
-            moved.append((rounded(exact, dtype, left, sample, run).double() - expected.double()).abs().amax(-1))
-    noise = torch.stack(moved).flatten()
-    noise = noise[noise.isfinite()]
-    floor = torch.finfo(dtype).eps * float(expected.abs().max())
-    if not noise.numel():
-        return floor, floor
-    return max(float(noise.quantile(0.9)), floor), max(float(noise.max()), floor)
-
-
 def _drifts(
     ctx: Context, dtype: torch.dtype, logits: Tensor, expected: Tensor, noise: tuple[float, float], what: str, how: str
 ) -> None:
-    drift = (logits.double() - expected.double()).abs().amax(-1)
-    row, position = divmod(int(drift.argmax()), drift.shape[-1])
-    for size, bound, whose in (
-        (float(drift.flatten().quantile(0.9)), TYPICAL * noise[0], "most tokens"),
-        (float(drift.max()), WORST * noise[1], "the worst token"),
-    ):
+    for size, bound, where in drift.drifts(logits, expected, noise):
         ctx.within(
             size,
             bound,
             f"{what} in {_name(dtype)}{how} drift from float64 by more than rounding explains",
-            where=f"{whose}, the largest at row {row}, position {position}",
+            where=where,
             hint=LOSES,
         )
 
@@ -285,7 +227,7 @@ def check_large_scores(subject: Specimen, ctx: Context, dtype: torch.dtype) -> N
     """Finite with matrices LARGER times as large, where what modules give fits the type: exp() of a score may not."""
     import torch
 
-    ids = ctx.ids(2, subject.longest(TIME))
+    ids = ctx.ids(2, subject.longest(drift.TIME))
     half = in_type(subject.scaled(LARGER), dtype)
     exact = in_type(half, torch.float64)
     peaks: list[float] = []

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lmconform.checks.precision import TIME
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.measuring.drift import TIME
 from lmconform.measuring.exercises import padded
 from lmconform.measuring.uncompiled import uncompiled
 from lmconform.registry import COMPARES_LOGITS, register_check

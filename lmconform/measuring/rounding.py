@@ -93,6 +93,10 @@ class Trace:
                 return step
         return None
 
+    def outside(self, dtype: torch.dtype) -> frozenset[str]:
+        """The names of the modules that give another type."""
+        return frozenset(step.name for step in self.steps if any(made != dtype for made in step.dtypes))
+
     def first_infinite(self) -> Step | None:
         """The first module that was given finite numbers and gives others."""
         return next((step for step in self.steps if step.entered_finite and not step.finite), None)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lmconform.measuring import traces
 from lmconform.measuring.attending import SDPA
+from lmconform.measuring.lines import called, own_frame
 from lmconform.measuring.multihead import call_through
 
 if TYPE_CHECKING:
@@ -161,7 +159,7 @@ def _steps(subject: Specimen, time: int, run: Callable[[], object], within: str)
     import torch
     from torch.overrides import TorchFunctionMode
 
-    from lmconform.simulated.tracking import call_name, tensors_in
+    from lmconform.simulated.tracking import tensors_in
 
     running: list[tuple[str, tuple[Any, ...]]] = [("", ())]
     visits: Counter[tuple[Any, ...]] = Counter()
@@ -210,7 +208,7 @@ def _steps(subject: Specimen, time: int, run: Callable[[], object], within: str)
                     _Step(
                         len(made),
                         name,
-                        f"{call_name(func)}{_line()}",
+                        called(func, own_frame(__file__)),
                         running[-1][0],
                         running[-1][1],
                         tuple(tuple(each.shape) for each in (*given, *others, *values(results))),
@@ -258,12 +256,10 @@ def straightened(enters: Entrance, time: int) -> Iterator[None]:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    from lmconform.simulated.tracking import call_name
-
     class Straightening(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = call_through(self, func, args, kwargs or {})
-            if getattr(func, "__name__", "") not in VIEWS or f"{call_name(func)}{_line()}" != enters.call:
+            if getattr(func, "__name__", "") not in VIEWS or called(func, own_frame(__file__)) != enters.call:
                 return made
             given = next((each for each in args if isinstance(each, torch.Tensor)), None)
             if given is None or given.shape.count(time) != 1 or made.shape.count(time) != 1:
@@ -275,22 +271,6 @@ def straightened(enters: Entrance, time: int) -> Iterator[None]:
 
     with Straightening():
         yield
-
-
-OWN = (__file__, call_through.__code__.co_filename)
-
-
-def _line() -> str:
-    """Where in the model's own code the call stands; "" where that is not known."""
-    from lmconform.runner import PACKAGE
-    from lmconform.simulated.tracking import is_library
-
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and (is_library(frame.f_code) or frame.f_code.co_filename in OWN):
-        frame = frame.f_back
-    if frame is None or frame.f_code.co_filename.startswith(PACKAGE):  # the model has no line of its own in it
-        return ""
-    return f" ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
 
 
 def _comparable(tensor: Tensor) -> bool:
