@@ -46,12 +46,13 @@ def last() -> dict[str, str]:
 
     Ids, and the name of the set.
     """
-    from fixtures.faults import held_out, held_out_modern, held_out_ports
+    from fixtures.faults import held_out, held_out_modern, held_out_ports, held_out_reported
 
     sets = {
         "held out": held_out.FAULTS,
         "held out, ports": held_out_ports.FAULTS,
         "held out, modern": held_out_modern.FAULTS,
+        "held out, reported": held_out_reported.FAULTS,
     }
     return {fault.id: name for name, faults in sets.items() for fault in faults}
 

@@ -12,6 +12,8 @@ from lmconform.checks.gradients import projected_gradients, projection
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.measuring.dropout import without_dropout
+from lmconform.measuring.lines import called, own_frame
+from lmconform.measuring.multihead import call_through
 from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 STEPS = (1e-4, 1e-3, 1e-5, 1e-2, 1e-6)  # relative to each parameter's own RMS
 SHARP = 1e-6  # a finite difference this sure of itself needs no smaller step
 BLUNT = 0.05  # one less sure than this decides nothing
+ROUNDS = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "fake_quantize_per_tensor_affine")
 
 
 @register_check(
@@ -35,7 +38,8 @@ def check_correct(subject: Specimen, ctx: Context) -> None:
 
     Parts that cast to float32 inside (norms, rotary angles) are kept in float64 by a function mode where that works;
     what rounding is left is measured, and the bound is that noise over the step plus the extrapolation's own
-    correction. Of several steps the surest counts.
+    correction. Of several steps the surest counts. A model that rounds its weights or activations, and says itself what
+    gradient goes through (straight-through, Bengio et al. 2013, arXiv:1308.3432), has steps for finite differences.
 
     Source: gradient checking by finite differences, as torch.autograd.gradcheck does for single operations.
     """
@@ -52,6 +56,10 @@ def check_correct(subject: Specimen, ctx: Context) -> None:
             refused = f"{type(error).__name__}: {first_line(error)}"
         if refused:
             ctx.not_applicable(f"finite differences need float64, and the model does not run in it ({refused})")
+        if place := rounding_in(wide, ids):
+            ctx.not_applicable(
+                f"forward() rounds what it computes ({place}): finite differences have no derivative there"
+            )
         left = projected_gradients(wide, ctx, ids, train=False)
         grads = {name: grad for name, grad in left.items() if grad is not None}
         parameters = {name: p for name, p in wide.module.named_parameters() if name in grads}
@@ -95,6 +103,27 @@ def check_correct(subject: Specimen, ctx: Context) -> None:
         ctx.not_applicable("finite differences decide nothing: the model is not smooth enough, even in float64")
     if undecided:
         ctx.note(f"not smooth enough to decide: {', '.join(undecided)}")
+
+
+def rounding_in(subject: Specimen, ids: Tensor) -> str:
+    """Where forward() rounds numbers that depend on its weights: Tensor.round (model.py:9); empty where it does not."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    found: list[str] = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "").rstrip("_") in ROUNDS and args and isinstance(args[0], torch.Tensor):
+                with torch._C.DisableTorchFunctionSubclass():
+                    learnt = args[0].requires_grad
+                if learnt:
+                    found.append(called(func, own_frame(__file__)))
+            return call_through(self, func, args, kwargs or {})
+
+    with Watching():
+        subject.logits(ids, grad=True)
+    return found[0] if found else ""
 
 
 @contextmanager

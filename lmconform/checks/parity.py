@@ -112,15 +112,18 @@ def _reading(mine: Tensor, expected: Tensor, bound: float) -> Hint:
             "mask.missing",
         )
     return Hint(
-        "the first position differs already, where attention sees one token: look at the embedding, the position of "
-        "the first token, norms (eps), the activation, and untransferred weights; parity.hidden names the layer, "
-        "parity.transfer the weight",
+        "the first position differs already, where attention sees one token, so that scores matter only beside a "
+        "sink: look at the embedding, the position of the first token, norms (eps), values and the heads that they "
+        "reach (key groups, head order), the output projection, the activation, and untransferred weights; "
+        "parity.hidden names the layer, parity.transfer the weight",
         "weights.not_loaded",
         "weights.sliced_wrong",
         "norm.epsilon",
         "activation.differs",
         "position.offset",
         "scale.hidden",
+        "attention.kv_groups",
+        "attention.heads_scrambled",
     )
 
 
@@ -203,7 +206,7 @@ def check_hidden(subject: Specimen, ctx: Context) -> None:
 
 
 def _tried_out(ours: Specimen, theirs: Specimen, ids: Tensor, mine: Tensor, expected: Tensor) -> Hint | None:
-    """What makes the logits equal: rotary positions applied twice, scales of its own, a fused projection's order."""
+    """What makes the logits equal: rotary positions turned back, its own scales at 1, key groups, a fused order."""
     bound = tolerance.allowed(max(ours.noise, theirs.noise), expected.to(mine.dtype))
     columns = mine.shape[-1]
     copied = ours.copy()
@@ -214,6 +217,7 @@ def _tried_out(ours: Specimen, theirs: Specimen, ids: Tensor, mine: Tensor, expe
     return (
         readings.turned_twice(theirs, mine.cpu(), ids, columns, bound)
         or readings.own_scale(copied, theirs, differs, bound)
+        or readings.dealt(copied, theirs, ids, differs, bound)
         or readings.fused_otherwise(copied, theirs, differs, bound)
     )
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lmconform.context import Hint
+from lmconform.measuring.head_sharing import dealt_otherwise
 from lmconform.measuring.pairing import Pair, pair_parameters, unclaimed
 from lmconform.specimen import Unavailable
 
@@ -130,6 +131,18 @@ def turned_twice(theirs: Specimen, mine: Tensor, ids: Tensor, columns: int, boun
         "turned twice, by the base model's own rotary positions and by those put on top",
         "position.base_kept",
     )
+
+
+def dealt(ours: Specimen, theirs: Specimen, ids: Tensor, differs: Differs, bound: float) -> Hint | None:
+    """Whether the subject equals its reference once keys and values are handed to the query heads as they are there."""
+    regrouping = dealt_otherwise(ours, theirs, ids)
+    if regrouping is None:
+        return None
+    with regrouping.applied():
+        after = differs()
+    if after > bound:
+        return None
+    return Hint(f"tried out: with {regrouping.text} the logits equal the reference's", "attention.kv_groups")
 
 
 def own_scale(ours: Specimen, theirs: Specimen, differs: Differs, bound: float) -> Hint | None:

@@ -71,7 +71,8 @@ def check_transfer(subject: Specimen, ctx: Context) -> None:
 
     misplaced = misplacement(ours.module, wrong, differs, bounds[-1])
     named = misplaced.pairs if misplaced else turned  # of all that act otherwise, what a remedy was found for
-    worst, pair = max(judged, key=lambda item: (item[1] in named, item[0]))
+    near = _nearness(ours, theirs, ids, wrong)
+    worst, pair = max(judged, key=lambda item: (item[1] in named, near.get(item[1].reference, -1), item[0]))
     if misplaced:
         hint: str = misplaced.hint
     else:
@@ -104,6 +105,46 @@ def _states(specimen: Specimen, ids: Tensor, columns: int) -> list[Tensor]:
 
 def _turned(ours: Specimen, theirs: Specimen, pair: Pair) -> bool:
     return any(crossed(link, ours.module, theirs.module, pair.reference) for link in pair.links)
+
+
+def _nearness(ours: Specimen, theirs: Specimen, ids: Tensor, wrong: list[Pair]) -> dict[str, int]:
+    """How near to the fault each weight that acts otherwise stands: 3 in the module that is at fault, 0 behind it.
+
+    A module at fault makes another output of the same input (3); one that makes the same output of it stands in front
+    of the fault (1), and one that is given another input behind it (0). 2 where the two cannot be compared.
+    """
+    if not wrong:
+        return {}
+    made, given = _first_calls(ours, ids), _first_calls(theirs, ids)
+
+    def near(pair: Pair) -> int:
+        name = pair.links[0].subject.rpartition(".")[0]
+        mine, right = made.get(name), given.get(pair.reference.rpartition(".")[0])
+        if mine is None or right is None:
+            return 2
+        if _same(mine.input, right.input) is False:
+            return 0
+        vector = theirs.module.get_parameter(pair.reference).dim() < 2
+        if vector and any(ours.module.get_submodule(name).children()):
+            return 1  # a sink or a gain beside projections: the output is theirs
+        same = _same(mine.output, right.output)
+        return 2 if same is None else 1 if same else 3
+
+    return {pair.reference: near(pair) for pair in wrong}
+
+
+def _first_calls(specimen: Specimen, ids: Tensor) -> dict[str, traces.Call]:
+    found: dict[str, traces.Call] = {}
+    for call in traces.calls(specimen, ids.to(specimen.device)):
+        found.setdefault(call.name, call)
+    return found
+
+
+def _same(left: Tensor | None, right: Tensor | None) -> bool | None:
+    """Whether two are equal up to rounding; None where they cannot be compared."""
+    if left is None or right is None or left.shape != right.shape or not left.numel():
+        return None
+    return float((left.cpu().double() - right.cpu().double()).abs().max()) <= SMALL * float(right.abs().max())
 
 
 def _check_found(
@@ -316,9 +357,9 @@ def _remedy(
     def differs() -> float:
         return float((answer(ours, ids, columns).double() - expected).abs().max())
 
-    viewed = readings.other_view(ours, worst, differs, bound)
-    if viewed is not None:
-        return viewed
+    tried = readings.dealt(ours, theirs, ids, differs, bound) or readings.other_view(ours, worst, differs, bound)
+    if tried is not None:
+        return tried
     return Hint(
         f"the numbers are there, {len(wrong)} weights at this depth act in another way: q, k and v exchanged, heads in "
         "another order, slices along the wrong axis, rows read with an offset; or the code around them differs: "

@@ -103,8 +103,8 @@ def first_module(ours: Specimen, theirs: Specimen, ids: Tensor, block: str, othe
                 )
             return Hint(
                 f"what goes into {call.name} is found nowhere in {other}, and every module before it agrees: look at "
-                "the code between the last module that agrees and this one (activation, attention scores, mask, "
-                "positions)",
+                "the code between the last module that agrees and this one (activation, heads and the keys and "
+                "values they read, attention scores, mask, positions)",
                 "activation.differs",
                 "position.layout",
                 "attention.kv_groups",

@@ -18,7 +18,11 @@ def own_frame(mode: str) -> FrameType | None:
     from lmconform.simulated.tracking import is_library
 
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and (is_library(frame.f_code) or frame.f_code.co_filename in (mode, _PASSED_ON)):
+    while frame is not None and (
+        is_library(frame.f_code)
+        or frame.f_code.co_filename in (mode, _PASSED_ON)
+        or frame.f_code.co_name == "__torch_function__"  # of a mode that was entered later
+    ):
         frame = frame.f_back
     if frame is None or frame.f_code.co_filename.startswith(PACKAGE):  # the model has no line of its own in it
         return None

@@ -188,6 +188,19 @@ class _Watch:
 
 def attention_scores(subject: Specimen, ids: Tensor) -> list[Scores]:
     """All attention scores of one forward, seen at softmax and scaled_dot_product_attention; empty where none is."""
+    with scores_seen(subject, ids) as found:
+        subject.logits(ids)
+    return found
+
+
+@contextmanager
+def scores_seen(
+    subject: Specimen, ids: Tensor, change: Callable[[Scores], Tensor | None] = lambda scores: None
+) -> Iterator[list[Scores]]:
+    """Within it, attention scores of forwards on tokens of the shape of `ids` are added to the list that it gives.
+
+    Where `change` makes other values of them, attention goes on with these.
+    """
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -202,13 +215,20 @@ def attention_scores(subject: Specimen, ids: Tensor) -> list[Scores]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             result = call_through(self, func, args, kwargs)
+            known = len(watch.found)
             if func in products:
                 _note_product(watch, func, args, kwargs, result)
             elif func in softmaxes:
                 _note_softmax(watch, args, kwargs, result)
             elif func is torch.nn.functional.scaled_dot_product_attention:
                 _note_sdpa(watch, args, kwargs)
-            return result
+            if len(watch.found) == known or (values := change(watch.found[-1])) is None:
+                return result
+            if func in softmaxes:
+                return values.to(result.dtype).softmax(-1).view_as(result)
+            value = args[2] if len(args) > 2 else kwargs["value"]
+            value = value.repeat_interleave(values.shape[1] // value.shape[1], dim=1)
+            return values.masked_fill(~watch.found[-1].visible, -torch.inf).softmax(-1).to(value.dtype) @ value
 
     found = structure.blocks(subject.module)
     blocks: Iterable[nn.Module] = found[1] if found is not None else ()
@@ -228,8 +248,7 @@ def attention_scores(subject: Specimen, ids: Tensor) -> list[Scores]:
         hooked(*(part.register_forward_hook(leaves) for _, part in parts)),
         Listener(),
     ):
-        subject.logits(ids)
-    return watch.found
+        yield watch.found
 
 
 def _note_product(watch: _Watch, func: Any, args: Any, kwargs: Any, result: Any) -> None:

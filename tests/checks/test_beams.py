@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fixtures.faults.reported.attention import window_inclusive
-from fixtures.faults.reported.caches import states_not_reordered
+from fixtures.faults.held_out_reported.attention import window_inclusive
+from fixtures.faults.held_out_reported.caches import states_not_reordered
 from fixtures.planting import around
 from fixtures.subjects import build
 from lmconform import check_model

@@ -13,6 +13,7 @@ from lmconform import tolerance
 from lmconform.diagnosis.probes import substitution
 from lmconform.diagnosis.probes.finding import Finding, Verdict
 from lmconform.measuring import traces
+from lmconform.measuring.head_sharing import dealt_otherwise
 from lmconform.specimen import Unavailable, random_ids
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
     if changed == []:  # the same weights in every place: the code differs
         found.append(Finding("weights.not_loaded", Verdict.ruled_out))
         found += [Finding(cause, Verdict.against) for cause in WEIGHTS if cause != "weights.not_loaded"]
-    for cause, what, remedies in _remedies(ours, theirs):
+    for cause, what, remedies in _remedies(ours, theirs, ids):
         for remedy, context in remedies:
             copied = ours.copy()
             if not remedy(copied.module):
@@ -96,12 +97,14 @@ def probe(subject: Specimen, seed: int) -> list[Finding]:
         told = (
             substitution.settings(ours, theirs, error, bound)
             or substitution.modules(ours, theirs, error, bound)
-            or substitution.scores(ours, theirs, ids)
+            or substitution.scores(ours, theirs, ids, error, bound)
         )
         if told is not None:
             alike = substitution.ALIKE.get(told.cause, ())
             found += [told, *(Finding(other, told.verdict, told.where) for other in alike)]
-            cleared = (other for other in CODE if other not in (told.cause, *alike))
+            gone = substitution.EXCLUDED.get(told.cause, ()) if told.verdict == Verdict.cured else ()
+            found += [Finding(other, Verdict.ruled_out) for other in gone]
+            cleared = (other for other in CODE if other not in (told.cause, *alike, *gone))
             return [*found, *(Finding(other, Verdict.against) for other in cleared)]
     return found + _by_shape(ours, theirs, ids)
 
@@ -158,7 +161,7 @@ def _shared(left: Tensor, right: Tensor) -> float:
 Remedy = tuple[Callable[["nn.Module"], bool], Callable[[], AbstractContextManager[Any]]]
 
 
-def _remedies(ours: Specimen, theirs: Specimen) -> Iterator[tuple[str, str, list[Remedy]]]:
+def _remedies(ours: Specimen, theirs: Specimen, ids: Tensor) -> Iterator[tuple[str, str, list[Remedy]]]:
     same_eps: Remedy = (lambda m: _same_eps(m, theirs.module), nullcontext)
     yield "norm.epsilon", "the reference's epsilon in every norm", [same_eps]
     calls = _gelu_calls(ours)
@@ -169,6 +172,8 @@ def _remedies(ours: Specimen, theirs: Specimen) -> Iterator[tuple[str, str, list
         (partial(_regroup, at=at, to_neighbours=to), nullcontext) for at in layers for to in (True, False)
     ]
     yield "position.layout", "the rows of q and k in the other rotary layout", turns
+    if (regrouped := dealt_otherwise(ours, theirs, ids)) is not None:
+        yield "attention.kv_groups", regrouped.text, [(_as_it_is, regrouped.applied)]
     deals: list[Remedy] = [(partial(_deal, at=at), nullcontext) for at in layers]
     yield "attention.kv_groups", "query heads dealt out to key heads in runs", deals
 

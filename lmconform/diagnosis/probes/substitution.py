@@ -26,6 +26,9 @@ KINDS = (  # what a module or a setting of that name decides; the first that mat
     (re.compile(r"(^|[._])(act\w*|gelu\w*|silu)$", re.IGNORECASE), "activation.differs"),
 )  # fmt: skip
 ALIKE = {"position.rates": ("position.base_kept",)}  # two encodings at once are one at other rates
+EXCLUDED = {  # where the cause is cured: what changes scores too, and never by one factor
+    "attention.unscaled": ("position.layout", "position.rates", "position.base_kept"),
+}
 SCALES = re.compile(r"scal|norm_factor|factor", re.IGNORECASE)
 MOST = 48  # kinds of module that are tried
 
@@ -76,29 +79,74 @@ def modules(ours: Specimen, theirs: Specimen, error: Error, bound: float) -> Fin
     return None
 
 
-def scores(ours: Specimen, theirs: Specimen, ids: Tensor) -> Finding | None:
-    """Attention scores in the first block where they differ: by a factor, or by something that no token decides."""
+def scores(ours: Specimen, theirs: Specimen, ids: Tensor, error: Error, bound: float) -> Finding | None:
+    """Attention scores in the first block where they differ: by a factor, or by something that no token decides.
+
+    A factor is undone, and the logits compared; `error` must run the subject on tokens of the shape of `ids`.
+    """
     mine = traces.attention_scores(ours, ids.to(ours.device))
     right = traces.attention_scores(theirs, ids.to(theirs.device))
     for left, other in zip(mine, right):
-        seen = (left.visible & other.visible.to(left.visible.device)).expand_as(left.values).cpu()
         if left.values.shape != other.values.shape:
             return None
-        given, expected = _centred(left.values.cpu(), seen), _centred(other.values.cpu(), seen)
-        size = float(expected.abs().max())
-        apart = given - expected
-        if float(apart.abs().max()) <= 1e-4 * size:
+        factor = _multiple(left, other)
+        if factor == 1.0:
             continue
         where = f"attention scores of block {left.block}"
-        factor = float((given * expected).sum() / expected.square().sum())
-        if float((given - factor * expected).abs().max()) <= 1e-3 * size:
+        if factor is not None:
             told = f"{where} are {factor:.4g} times the reference's"
-            return Finding("attention.unscaled", Verdict.seen, told)
+            if (after := _without_factors(ours, right, ids, error)) > bound:
+                return Finding("attention.unscaled", Verdict.seen, told)
+            undone = f"{told}; with the factor taken out in every block that has one the logits agree to {after:.2g}"
+            return Finding("attention.unscaled", Verdict.cured, undone)
+        given, expected = _both_centred(left, other)
+        apart = given - expected
         if float((apart - apart[:1]).abs().max()) <= 1e-3 * float(apart.abs().max()):
             told = f"{where}: what differs depends on the places of query and key and not on the text"
             return Finding("position.rates", Verdict.seen, told)
         return None
     return None
+
+
+def _without_factors(ours: Specimen, right: list[traces.Scores], ids: Tensor, error: Error) -> float:
+    """The error once scores that are a multiple of the reference's are divided by it, in each block as it comes."""
+    calls = iter(right)
+
+    def undone(mine: traces.Scores) -> Tensor | None:
+        other = next(calls, None)
+        if other is None or other.values.shape != mine.values.shape:
+            return None
+        factor = _multiple(mine, other)
+        if factor in (None, 0.0, 1.0):
+            return None
+        return mine.values.where(~_compared(mine, other).to(mine.values.device), mine.values / factor)
+
+    with traces.scores_seen(ours, ids, undone):
+        return error(ours)
+
+
+def _multiple(left: traces.Scores, other: traces.Scores) -> float | None:
+    """What the reference's scores are multiplied by: 1 where the two agree, None where it is no one number."""
+    given, expected = _both_centred(left, other)
+    size = float(expected.abs().max())
+    if float((given - expected).abs().max()) <= 1e-4 * size:
+        return 1.0
+    factor = float((given * expected).sum() / expected.square().sum())
+    return factor if float((given - factor * expected).abs().max()) <= 1e-3 * size else None
+
+
+def _compared(left: traces.Scores, other: traces.Scores) -> Tensor:
+    """Which scores are compared, [batch, heads, query, key]: where both may look, sinks that are alike left out."""
+    seen = (left.visible & other.visible.to(left.visible.device)).expand_as(left.values).cpu().clone()
+    sinks = slice(left.values.shape[-2], None)
+    if left.values[..., sinks].cpu().equal(other.values[..., sinks].cpu()):
+        seen[..., sinks] = False
+    return seen
+
+
+def _both_centred(left: traces.Scores, other: traces.Scores) -> tuple[Tensor, Tensor]:
+    seen = _compared(left, other)
+    return _centred(left.values.cpu(), seen), _centred(other.values.cpu(), seen)
 
 
 def _centred(values: Tensor, seen: Tensor) -> Tensor:
