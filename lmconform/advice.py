@@ -33,6 +33,7 @@ def advice(module: nn.Module, input_ids: Tensor, names: Sequence[str], labels: s
     with torch.no_grad():
         seen, body = (
             _of_one_sequence(module, input_ids, labels)
+            or _of_more_tokens(module, input_ids)
             or _of_lengths(module, input_ids, labels)
             or _of_what_is_required(names)
         )
@@ -59,12 +60,33 @@ def _of_one_sequence(module: nn.Module, input_ids: Tensor, labels: str | None) -
     return None
 
 
+def _of_more_tokens(module: nn.Module, input_ids: Tensor) -> tuple[str, str] | None:
+    """For a model that puts tokens of its own before the text, as prompt tuning does, and gives their logits too."""
+    more = set()
+    for ids in (input_ids, input_ids.repeat(1, 2)):
+        try:
+            raw = module(ids)
+            logits = read(raw).logits
+        except Exception:
+            return None
+        if logits.dim() != 3 or logits.shape[0] != ids.shape[0]:
+            return None
+        more.add(logits.shape[1] - ids.shape[1])
+    if len(more) != 1 or (count := more.pop()) <= 0:
+        return None
+    return (
+        f"It gives the logits of {count} tokens more than it was given, whatever the length: those of its own before the "
+        "text are cut off.\n",
+        f"model(input_ids){_where_logits_stand(raw)}[:, -input_ids.shape[1] :]",
+    )
+
+
 def _of_lengths(module: nn.Module, input_ids: Tensor, labels: str | None) -> tuple[str, str] | None:
     """For a model that takes whole chunks or blocks of tokens alone."""
 
     def logits(length: int) -> Any:
         """Whatever forward() gave, None where it gave no logits of that length."""
-        ids = input_ids[:, :1].expand(-1, length).contiguous()
+        ids = input_ids[:1, :1].expand(1, length).contiguous()
         for given in ({}, {labels: ids}) if labels else ({},):
             try:
                 raw = module(ids, **given)
@@ -75,16 +97,19 @@ def _of_lengths(module: nn.Module, input_ids: Tensor, labels: str | None) -> tup
         return None
 
     chunk = next((length for length in LENGTHS if logits(length) is not None), None)
-    if chunk is None or logits(chunk + 1) is not None:
+    if chunk is None or logits(chunk - 1) is not None or logits(chunk + 1) is not None:
         return None
-    if logits(2 * chunk) is None:
-        return f"It takes {chunk} tokens, and neither fewer nor more.\n", "model(input_ids)"
     logits_of = _where_logits_stand(logits(chunk))
-    padded = f"torch.nn.functional.pad(input_ids, (0, -input_ids.shape[1] % {chunk}))"
+    more = logits(2 * chunk) is not None
+    taken, filled = (
+        (f"{chunk} and {2 * chunk} tokens", "-input_ids.shape[1] %")
+        if more
+        else (f"{chunk} tokens", "-input_ids.shape[1] +")
+    )
     return (
-        f"It takes {chunk} and {2 * chunk} tokens, not {input_ids.shape[1]} nor {chunk + 1}: pad at the end, where a "
-        "causal model does not look, and cut that off again.\n",
-        f"model({padded}){logits_of}[:, : input_ids.shape[1]]",
+        f"It takes {taken}, not {input_ids.shape[1]}, {chunk - 1} or {chunk + 1}: pad at the end, where a causal model "
+        "does not look, and cut that off again.\n",
+        f"model(torch.nn.functional.pad(input_ids, (0, {filled} {chunk}))){logits_of}[:, : input_ids.shape[1]]",
     )
 
 

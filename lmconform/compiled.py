@@ -21,8 +21,8 @@ def as_written(module: nn.Module, announce: Callable[[str], None] | None = None)
     found = _unwrapped(module)
     compiled = found is not module
     for parent in list(found.modules()):
-        for name, child in list(parent.named_children()):
-            if (inner := _unwrapped(child)) is not child:
+        for name, child in list(parent._modules.items()):  # named_children() passes by what stands there twice
+            if child is not None and (inner := _unwrapped(child)) is not child:
                 setattr(parent, name, inner)
                 compiled = True
     for part in found.modules():

@@ -18,7 +18,14 @@ DAMPED = 0.1
 
 
 def influence_of(
-    subject: Specimen, ctx: Context, stack: list[nn.Module], index: int, ids: Tensor, queries: Sequence[int]
+    subject: Specimen,
+    ctx: Context,
+    stack: list[nn.Module],
+    index: int,
+    ids: Tensor,
+    queries: Sequence[int],
+    *,
+    train: bool = False,
 ) -> Tensor | None:
     """d (a random mix of the logits at each query) / d (block `index`'s input), that block alone: [query, time, width].
 
@@ -29,7 +36,7 @@ def influence_of(
     rows, time = torch.arange(len(queries)), ids.shape[1]
     asked = len(queries) + (len(queries) == time)  # unlike time, so that [batch, time] and [time, batch] can be told
     with alone(stack, index) as inputs:
-        logits = subject.logits(ids.expand(asked, -1).contiguous(), grad=True)
+        logits = subject.logits(ids.expand(asked, -1).contiguous(), grad=True, train=train)
     if len(inputs) != 1 or inputs[0].shape[:2] not in ((asked, time), (time, asked)):
         return None
     mix = torch.randn(logits.shape[-1], generator=ctx.generator(index)).to(logits)

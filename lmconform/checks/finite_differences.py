@@ -11,9 +11,9 @@ from lmconform import structure, tolerance
 from lmconform.checks.gradients import projected_gradients, projection
 from lmconform.context import Hint
 from lmconform.conventions import first_line
+from lmconform.measuring.adapters import wraps_adapters
 from lmconform.measuring.dropout import without_dropout
-from lmconform.measuring.lines import called, own_frame
-from lmconform.measuring.multihead import call_through
+from lmconform.measuring.roundings import rounding_in
 from lmconform.registry import COMPARES_LOGITS, register_check
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 STEPS = (1e-4, 1e-3, 1e-5, 1e-2, 1e-6)  # relative to each parameter's own RMS
 SHARP = 1e-6  # a finite difference this sure of itself needs no smaller step
+DORA = "DoRA takes the norm of the weights for a constant in backward() (Liu et al. 2024, arXiv:2402.09353, 4.3)"
 BLUNT = 0.05  # one less sure than this decides nothing
-ROUNDS = ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "fake_quantize_per_tensor_affine")
 
 
 @register_check(
@@ -45,6 +45,10 @@ def check_correct(subject: Specimen, ctx: Context) -> None:
     """
     import torch
 
+    if wraps_adapters(subject.module) and any(
+        "lora_magnitude_vector" in n for n, _ in subject.module.named_parameters()
+    ):
+        ctx.not_applicable(DORA)
     ids = ctx.ids(1, subject.longest(20))
     exact = subject if subject.dtype == torch.float64 else subject.whole_twin() or cast_to_float64(subject)
     wide = without_dropout(exact)
@@ -103,27 +107,6 @@ def check_correct(subject: Specimen, ctx: Context) -> None:
         ctx.not_applicable("finite differences decide nothing: the model is not smooth enough, even in float64")
     if undecided:
         ctx.note(f"not smooth enough to decide: {', '.join(undecided)}")
-
-
-def rounding_in(subject: Specimen, ids: Tensor) -> str:
-    """Where forward() rounds numbers that depend on its weights: Tensor.round (model.py:9); empty where it does not."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    found: list[str] = []
-
-    class Watching(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__name__", "").rstrip("_") in ROUNDS and args and isinstance(args[0], torch.Tensor):
-                with torch._C.DisableTorchFunctionSubclass():
-                    learnt = args[0].requires_grad
-                if learnt:
-                    found.append(called(func, own_frame(__file__)))
-            return call_through(self, func, args, kwargs or {})
-
-    with Watching():
-        subject.logits(ids, grad=True)
-    return found[0] if found else ""
 
 
 @contextmanager

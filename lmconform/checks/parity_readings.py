@@ -140,7 +140,7 @@ def dealt(ours: Specimen, theirs: Specimen, ids: Tensor, differs: Differs, bound
         return None
     with regrouping.applied():
         after = differs()
-    if after > bound:
+    if not after <= bound:
         return None
     return Hint(f"tried out: with {regrouping.text} the logits equal the reference's", "attention.kv_groups")
 

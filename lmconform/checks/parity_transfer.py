@@ -144,7 +144,8 @@ def _same(left: Tensor | None, right: Tensor | None) -> bool | None:
     """Whether two are equal up to rounding; None where they cannot be compared."""
     if left is None or right is None or left.shape != right.shape or not left.numel():
         return None
-    return float((left.cpu().double() - right.cpu().double()).abs().max()) <= SMALL * float(right.abs().max())
+    one, other = left.cpu().double(), right.cpu().double()
+    return float((one - other).abs().max()) <= SMALL * float(other.abs().max())
 
 
 def _check_found(

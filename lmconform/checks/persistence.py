@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmconform.context import Hint
 from lmconform.conventions import first_line
 from lmconform.copies import cast
-from lmconform.measuring.adapters import wraps_adapters
+from lmconform.measuring.adapters import saves_adapters, wraps_adapters
 from lmconform.measuring.buffers import outside_the_state
 from lmconform.measuring.dropout import without_dropout
 from lmconform.measuring.saving import (
@@ -82,7 +82,7 @@ def check_round_trip(subject: Specimen, ctx: Context) -> None:
                 "grad.unregistered",
             ),
         )
-        if wraps_adapters(subject.module):
+        if saves_adapters(subject.module):
             ctx.equal(
                 through_adapters(subject, folder).logits(ids),
                 subject.logits(ids),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from lmconform import structure
 from lmconform.conventions import parameters_of
 from lmconform.measuring.buffers import buffers_kept
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lmconform.specimen import Specimen
 
 CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn", "cross_attention")
+FEW = 64  # quantiles of a value, classes of a text
 OTHER_MODALITIES = ("vision", "visual", "image", "img", "audio", "speech", "video")
 
 
@@ -77,20 +79,29 @@ def reached_by_loss(subject: Specimen, ids: Tensor) -> frozenset[str]:
     )
 
 
-def reached_by_other_outputs(subject: Specimen, ids: Tensor) -> frozenset[str]:
-    """Names of the parameters that reach what forward() gives beside the logits, one number a token or a text.
+def _few(value: Tensor, ids: Tensor, width: int) -> bool:
+    """Whether it holds a few numbers for each token [batch, time, few] or for each text [batch, few]."""
+    for leading in (ids.shape, ids.shape[:1]):
+        rest = value.shape[len(leading) :]
+        if value.shape[: len(leading)] == leading and len(rest) < 2 and (not rest or rest[0] < min(width, FEW)):
+            return True
+    return False
 
-    That is what a value head or a classifier gives. Hidden states and caches are no outputs of their own: a dead branch
-    of the language model may reach these.
+
+def reached_by_other_outputs(subject: Specimen, ids: Tensor) -> frozenset[str]:
+    """Names of the parameters that reach what forward() gives beside the logits, a few numbers a token or a text.
+
+    That is what a value head or a classifier gives. Hidden states, as wide as the model, and caches are no outputs of
+    their own: a dead branch of the language model may reach these.
     """
     import torch
 
     parameters = {name: p for name, p in subject.module.named_parameters() if p.requires_grad}
     with buffers_kept(subject.module):
         given = subject.forward(ids, use_cache=False, train=True, grad=True).beside
-        others = [
-            value.double().sum() for value in given if value.requires_grad and value.numel() in (ids.numel(), len(ids))
-        ]
+        table = structure.embedding(subject.module, subject.vocab_size)
+        width = int(getattr(table, "embedding_dim", FEW + 1))
+        others = [value.double().sum() for value in given if value.requires_grad and _few(value, ids, width)]
         if not others:
             return frozenset()
         grads = torch.autograd.grad(torch.stack(others).sum(), list(parameters.values()), allow_unused=True)

@@ -24,6 +24,11 @@ def wraps_adapters(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "peft" and hasattr(module, "load_adapter")
 
 
+def saves_adapters(module: nn.Module) -> bool:
+    """Whether peft can save what it has put around that module: a PeftMixedModel it cannot."""
+    return wraps_adapters(module) and type(module).__name__ != "PeftMixedModel"
+
+
 def reason_against(subject: Specimen) -> str:
     """Why no LoRA adapter can be put on it; empty where one can."""
     if find_spec("peft") is None:

@@ -169,13 +169,16 @@ class Generator:
         processor of its scores would have to normalise them again, and hide that generate() did not.
         """
         import torch
+        from transformers.utils import ModelOutput
 
         applied = 1.0
 
         def flatten(module: Any, args: Any, output: Any) -> Any:
             nonlocal applied
+            if not isinstance(output, ModelOutput):  # it generates in a way of its own
+                return output
             applied = temperature
-            output.logits = output.logits.float() / temperature
+            output["logits"] = output["logits"].float() / temperature
             return output
 
         with hooked(self.subject.module.register_forward_hook(flatten)):

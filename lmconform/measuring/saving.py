@@ -123,10 +123,11 @@ def through_adapters(subject: Specimen, folder: str) -> Specimen:
             if parameter.requires_grad:
                 poison(parameter)
     module: Any = loaded.module
-    active = module.active_adapter
+    active = list(module.base_model.active_adapters) if hasattr(module.base_model, "active_adapters") else None
     for name in list(module.peft_config):
         module.load_adapter(folder if name == "default" else os.path.join(folder, name), name)
-    module.set_adapter(active)
+    if active:
+        module.base_model.set_adapter(active)
     loaded.module.eval()
     return loaded
 

@@ -228,7 +228,8 @@ def scores_seen(
                 return values.to(result.dtype).softmax(-1).view_as(result)
             value = args[2] if len(args) > 2 else kwargs["value"]
             value = value.repeat_interleave(values.shape[1] // value.shape[1], dim=1)
-            return values.masked_fill(~watch.found[-1].visible, -torch.inf).softmax(-1).to(value.dtype) @ value
+            weights = values.masked_fill(~watch.found[-1].visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+            return weights.to(value.dtype) @ value
 
     found = structure.blocks(subject.module)
     blocks: Iterable[nn.Module] = found[1] if found is not None else ()

@@ -407,14 +407,34 @@ def test_what_takes_whole_chunks_is_told_how_to_pad() -> None:
     with pytest.raises(BuildError) as refused:
         Subject(WholeChunks).open()
     text = str(refused.value)
-    assert "It takes 16 and 32 tokens, not 5 nor 17: pad at the end" in text
+    assert "It takes 16 and 32 tokens, not 5, 15 or 17: pad at the end" in text
     report = check_model(Subject(WholeChunks, call=adapter_in(text)), profile="smoke")
     assert report.ok, report.failed
 
 
+class OwnTokensFirst(Core):
+    """As prompt tuning does."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        own = input_ids.new_zeros(len(input_ids), 4)
+        return {"logits": self.compute(torch.cat([own, input_ids], dim=1))}
+
+
+def test_what_puts_tokens_first_is_told_how_to_cut_them_off() -> None:
+    with pytest.raises(BuildError) as refused:
+        Subject(OwnTokensFirst).open()
+    assert "It gives the logits of 4 tokens more than it was given" in str(refused.value)
+    report = check_model(Subject(OwnTokensFirst, call=adapter_in(str(refused.value))), profile="smoke")
+    assert report.ok, report.failed
+
+
 def test_what_takes_one_length_is_told_which() -> None:
-    with pytest.raises(BuildError, match="It takes 32 tokens, and neither fewer nor more"):
+    with pytest.raises(BuildError) as refused:
         Subject(OneLength).open()
+    assert "It takes 32 tokens, not 5, 31 or 33: pad at the end" in str(refused.value)
+    ids = torch.arange(6).view(2, 3)
+    padded = Subject(OneLength, call=adapter_in(str(refused.value))).open(as_loaded=True)
+    assert padded.logits(ids).shape == (2, 3, VOCAB)
 
 
 def test_what_gives_no_logits_but_a_loss_is_told_so() -> None:

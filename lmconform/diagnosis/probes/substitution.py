@@ -95,7 +95,7 @@ def scores(ours: Specimen, theirs: Specimen, ids: Tensor, error: Error, bound: f
         where = f"attention scores of block {left.block}"
         if factor is not None:
             told = f"{where} are {factor:.4g} times the reference's"
-            if (after := _without_factors(ours, right, ids, error)) > bound:
+            if not (after := _without_factors(ours, right, ids, error)) <= bound:
                 return Finding("attention.unscaled", Verdict.seen, told)
             undone = f"{told}; with the factor taken out in every block that has one the logits agree to {after:.2g}"
             return Finding("attention.unscaled", Verdict.cured, undone)
