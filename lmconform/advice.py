@@ -75,9 +75,9 @@ def _of_more_tokens(module: nn.Module, input_ids: Tensor) -> tuple[str, str] | N
     if len(more) != 1 or (count := more.pop()) <= 0:
         return None
     return (
-        f"It gives the logits of {count} tokens more than it was given, whatever the length: those of its own before the "
-        "text are cut off.\n",
-        f"model(input_ids){_where_logits_stand(raw)}[:, -input_ids.shape[1] :]",
+        f"It gives the logits of {count} tokens more than it was given, whatever the length: those of its own, before "
+        "the text, are cut off.\n",
+        f"model(input_ids){_where_logits_stand(raw)}[:, {count}:]",
     )
 
 

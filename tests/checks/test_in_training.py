@@ -152,6 +152,18 @@ class ValueHead(PlainGPT):
         return logits, None, self.value(states[0]).squeeze(-1)
 
 
+class Quantiles(ValueHead):
+    """Five numbers a token in place of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Linear(48, 5)
+
+
+def test_several_values_a_token_are_no_hidden_states() -> None:
+    assert result_of(Quantiles, "gradients.reach").status == "passed"
+
+
 def test_a_value_head_is_used_by_what_it_gives() -> None:
     result = result_of(ValueHead, "gradients.reach")
     assert result.status == "passed", result.message

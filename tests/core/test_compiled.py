@@ -25,6 +25,13 @@ def by_blocks() -> nn.Module:
     return model
 
 
+def a_block_that_stands_twice() -> nn.Module:
+    model = build("plain", 0)
+    shared = torch.compile(model.blocks[0], backend="eager")
+    model.blocks[0] = model.blocks[1] = shared
+    return model
+
+
 def in_place() -> nn.Module:
     model = build("plain", 0)
     model.blocks[0].compile(backend="eager")
@@ -43,6 +50,12 @@ def test_it_is_what_it_was_before(compiled: Callable[[], nn.Module]) -> None:
         assert [name for name, _ in other.module.named_modules()] == [n for n, _ in without.module.named_modules()]
     assert torch.equal(with_it.logits(ids), without.logits(ids))
     assert any(text.startswith("compiled by torch.compile") for text in said)
+
+
+def test_a_shared_block_is_taken_out_wherever_it_stands() -> None:
+    built = Subject(a_block_that_stands_twice).open().module
+    assert built.blocks[0] is built.blocks[1]
+    assert not any("_orig_mod" in name for name in built.state_dict())
 
 
 def test_no_device_is_taken_for_the_one_it_was_compiled_for() -> None:

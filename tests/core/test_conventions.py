@@ -376,7 +376,7 @@ class TargetsRequired(Core):
 def adapter_in(text: str) -> Callable[..., Tensor]:
     """call() of the adapter that an error shows."""
     adapter = text.partition("in an adapter:\n\n")[2]
-    code = adapter.partition("subject =")[0].replace("import lmconform, your_module, torch", "import torch")
+    code = adapter.partition("subject =")[0].replace("import lmconform, your_module", "import lmconform")
     space: dict = {}
     exec(code, space)
     return space["call"]
